@@ -1,0 +1,1 @@
+"""The user's images and texts, from any source, to batches of tensors."""
