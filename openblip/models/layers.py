@@ -1,0 +1,171 @@
+"""The bricks every model here is built from: one attention for the whole project, the MLP, drop path.
+
+Shapes: B images, R rows of queries, L query tokens, N memory tokens, D width, H heads, d = D / H.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values, each [B, H, N, d]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), the activation OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    weights: list[Tensor] | None = None,
+) -> Tensor:
+    """softmax(q kᵀ / √d) v. The one place that chooses the kernel.
+
+    q [B, H, L, d]; k, v [B, H, N, d]; mask broadcastable to [B, H, L, N], True where a query may look.
+    With `weights`, the probabilities [B, H, L, N] are appended to that list and stay in the graph (Grad-CAM).
+
+    torch's fused kernel, but for bfloat16 on a CPU: there its backward pass is 2 to 10 times slower than
+    three plain
+    operations at the sizes of this project, its forward 1 to 2 times (`benchmarks/attention.py` measures
+    both).
+    """
+    plain = weights is not None or (q.dtype is torch.bfloat16 and q.device.type == "cpu")
+    if not plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(dim=-1)
+    if weights is not None:
+        weights.append(probabilities)
+    return F.dropout(probabilities, dropout).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its output projection.
+
+    Self-attention (`kv_size=None`) keeps q, k, v in one matrix. Cross-attention projects a memory of width
+    `kv_size` once, with `project`, and any number of query rows may then look at it.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, kv_size: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        if kv_size is None:
+            self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        else:
+            self.q = nn.Linear(hidden_size, hidden_size)
+            self.kv = nn.Linear(kv_size, 2 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def project(self, memory: Tensor) -> KeyValue:
+        """Keys and values [B, H, N, d] of a memory [B, N, kv_size]. Cross-attention only."""
+        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        memory: KeyValue | None = None,
+        mask: Tensor | None = None,
+        past: KeyValue | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """x [R, L, D] -> ([R, L, D], the keys and values that were looked at).
+
+        Self-attention: `past` [R, H, T, d] is put before the new keys and values; `mask` [R|1, 1, L, T + L].
+        Cross-attention: `memory` holds B images and R = B · g: row r looks at image r // g. The g rows of an
+        image are laid side by side as g · L queries against one memory, so nothing is copied per row.
+        `mask` [B, 1, 1, N].
+        """
+        dropout = self.dropout if self.training else 0.0
+        if memory is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            if past is not None:
+                k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        else:
+            k, v = memory
+            images = k.shape[0]
+            if x.shape[0] % images:
+                raise ValueError(
+                    f"{x.shape[0]} rows of queries cannot be shared out evenly over {images} images"
+                )
+            rows = x.reshape(images, -1, x.shape[-1])  # [B, g·L, D]
+            q = self.q(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, g·L, d]
+        y = attend(q, k, v, mask, dropout=dropout, weights=weights)
+        y = y.transpose(1, 2).reshape(x.shape)
+        return self.out(y), (k, v)
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear: [..., D] -> [..., D]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str = "gelu") -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[hidden_act]
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the whole branch of a sample with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [B, ...], kept samples scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype) / (1 - self.rate)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel (DINOv2)."""
+
+    def __init__(self, hidden_size: int, initial: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((hidden_size,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x * self.gain
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """BERT's and ViT's initialisation of one module: N(0, std) for matrices, zero biases, unit norms.
+
+    For `nn.Module.apply`.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

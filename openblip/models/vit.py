@@ -1,0 +1,198 @@
+"""VisionTransformer: pixels -> image tokens. BLIP's ViT, CLIP's, DINOv2's and SigLIP's are configs of it.
+
+Shapes: B batch, N tokens (class token first, then patches in raster order), D width, S image side.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openblip.config import ConfigError
+from openblip.models.layers import Attention, DropPath, LayerScale, Mlp, init_weights
+
+
+@dataclass
+class VisionConfig:
+    """Geometry of a vision transformer; the defaults are BLIP's ViT-B/16 at 224 px (BLIP §3.1).
+
+    `backbone` names any other Hugging Face vision model instead: its own config as a dict with `model_type`.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    drop_path_rate: float = 0.0
+    patch_bias: bool = True  # CLIP's patch projection has none
+    pre_norm: bool = False  # CLIP normalises the embeddings before the first block
+    final_norm: bool = True  # CLIP normalises the pooled token only, outside this module
+    layer_scale: float | None = None  # DINOv2: initial gain of each branch
+    backbone: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+
+def vit_base(image_size: int = 224, **changes: Any) -> VisionConfig:
+    """BLIP's ViT-B/16."""
+    return VisionConfig(image_size=image_size, **changes)
+
+
+def vit_large(image_size: int = 224, **changes: Any) -> VisionConfig:
+    """BLIP's ViT-L/16; the released code always trains it with drop path 0.1."""
+    large: dict[str, Any] = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
+    return VisionConfig(image_size=image_size, **large, **{"drop_path_rate": 0.1, **changes})
+
+
+def resize_position_embedding(table: Tensor, grid: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Position embeddings [1, 1 + n·n, D] for another grid (rows, columns): bicubic, the class row kept as
+    it is."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (side, side) == grid:
+        return table
+    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=align_corners)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig, drop_path: float) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        scale = config.layer_scale
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, config.num_attention_heads)
+        self.scale1 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, config.intermediate_size, config.hidden_act)
+        self.scale2 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        x = x + self.drop_path(self.scale1(self.attention(self.norm1(x))[0]))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al. 2021) with a class token and learned positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, depth = config.hidden_size, config.num_hidden_layers
+        grid = config.image_size // config.patch_size
+        self.patch_embedding = nn.Conv2d(
+            3, width, config.patch_size, config.patch_size, bias=config.patch_bias
+        )
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + grid * grid, width))
+        self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        rates = [config.drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
+        self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.checkpointed = 0  # how many of the last blocks recompute their activations in the backward pass
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.class_embedding, std=0.02)
+        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+
+    def set_grad_checkpointing(self, blocks: int | bool = True) -> None:
+        """Recompute the activations of the last `blocks` blocks (True: all) in the backward pass."""
+        self.checkpointed = len(self.blocks) if blocks is True else int(blocks)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, S, S'] -> image_embeds [B, 1 + S·S'/p², D], normalised if `final_norm`.
+
+        Another size than the configured one resizes the position embeddings. Raises ValueError if a side is
+        no multiple of the patch size.
+        """
+        patch = self.config.patch_size
+        height, width = pixel_values.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"image of {width} x {height} pixels: both sides must be multiples of {patch}")
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, N - 1, D]
+        x = torch.cat([self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = x + resize_position_embedding(self.position_embedding, (height // patch, width // patch)).to(
+            x.dtype
+        )
+        x = self.pre_norm(x)
+        first_checkpointed = len(self.blocks) - self.checkpointed
+        for index, block in enumerate(self.blocks):
+            if self.training and index >= first_checkpointed:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+
+class HuggingFaceVision(nn.Module):
+    """Any vision backbone of transformers, used as it is: tokens [B, N, D] with a summary token first."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        if config.backbone is None:
+            raise ConfigError("backbone: name a Hugging Face vision model")
+        settings = dict(config.backbone)
+        try:
+            from transformers import AutoConfig, AutoModel
+
+            backbone = AutoConfig.for_model(settings.pop("model_type", None), **settings)
+            self.model = AutoModel.from_config(backbone)
+        except ImportError:
+            raise ConfigError("vision.backbone needs transformers: pip install 'openblip[hf]'") from None
+        except ValueError as error:
+            raise ConfigError(f"vision.backbone: {str(error).splitlines()[0]}") from None
+        self.config = config
+        self.has_class_token = any(
+            getattr(module, name, None) is not None
+            for module in self.model.modules()
+            for name in ("cls_token", "class_embedding")
+        )
+        width = getattr(backbone, "hidden_size", config.hidden_size)
+        if width != config.hidden_size:
+            raise ConfigError(f"vision.hidden_size is {config.hidden_size}, but the backbone's is {width}")
+
+    def set_grad_checkpointing(self, blocks: int | bool = True) -> None:
+        """Recompute activations in the backward pass (the backbone decides which)."""
+        if blocks:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, S, S] -> [B, N, D].
+
+        Feature maps [B, D, h, w] become tokens. A backbone without a class token gets the mean of its tokens
+        as token 0, since the projection heads read token 0.
+        """
+        x = self.model(pixel_values=pixel_values).last_hidden_state
+        if x.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
+        return x if self.has_class_token else torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+
+
+def build_vision(config: VisionConfig) -> VisionTransformer | HuggingFaceVision:
+    """The vision tower a config describes, with fresh weights."""
+    return VisionTransformer(config) if config.backbone is None else HuggingFaceVision(config)
