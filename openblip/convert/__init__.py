@@ -1,0 +1,1 @@
+"""Weights of other layouts into ours and back: key tables and one walker."""

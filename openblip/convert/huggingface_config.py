@@ -1,0 +1,201 @@
+"""config.json of transformers' models <-> our configurations; most fields have the same name in both."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from openblip.config import UserError, from_dict
+from openblip.data.transforms import ImageTransform
+from openblip.models.blip import BlipConfig
+from openblip.models.blip_vqa import BlipVqaConfig
+from openblip.models.clip import ClipConfig, ClipTextConfig
+from openblip.models.text import TextConfig
+from openblip.models.vit import VisionConfig
+
+# What transformers assumes for a key that config.json leaves out.
+_BLIP_TEXT = {
+    "vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
+    "pad_token_id": 0, "sep_token_id": 102, "bos_token_id": 30522, "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "gelu"}
+_BLIP_VIT = _VIT | {"image_size": 384, "patch_size": 16, "intermediate_size": 3072, "layer_norm_eps": 1e-5}
+_CLIP_VIT = _BLIP_VIT | {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"}
+_CLIP_TEXT_MODEL = {
+    "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "intermediate_size": 2048, "hidden_act": "quick_gelu", "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5, "eos_token_id": 49407,
+}  # fmt: skip
+_DINOV2_VIT = _VIT | {
+    "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "layerscale_value": 1.0,
+}  # fmt: skip
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def _read(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `defaults`' keys in a section of config.json, the activation by our name."""
+    found = {key: section.get(key, default) for key, default in defaults.items()}
+    if found["hidden_act"] not in _ACTIVATIONS:
+        raise UserError(
+            f"config.json: hidden_act {found['hidden_act']!r}; known are {', '.join(_ACTIVATIONS)}"
+        )
+    found["hidden_act"] = _ACTIVATIONS[found["hidden_act"]]
+    for key in {"image_size", "patch_size"} & found.keys():
+        found[key] = _side(found[key], key)
+    return found
+
+
+def _side(size: Any, key: str) -> int:
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    if height != width:
+        raise UserError(f"config.json: {key} {size}: only square ones are supported")
+    return height
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    # Files of the first CLIP converter carry `text_config_dict`, which wins where it is given.
+    return config.get(f"{name}_dict") or config.get(name) or {}
+
+
+def _blip_parts(config: Mapping[str, Any]) -> tuple[VisionConfig, TextConfig]:
+    text = _read(_section(config, "text_config"), _BLIP_TEXT)
+    text["dropout"] = text.pop("hidden_dropout_prob")
+    text["dec_token_id"] = text.pop("bos_token_id")
+    text["enc_token_id"] = (
+        text["dec_token_id"] + 1
+    )  # not in the file: BLIP added [DEC] and [ENC], in this order
+    vision = _read(_section(config, "vision_config"), _BLIP_VIT)
+    return (
+        from_dict(VisionConfig, vision, "config.json: vision_config"),
+        from_dict(TextConfig, text, "config.json: text_config"),
+    )
+
+
+def captioner(config: Mapping[str, Any]) -> BlipConfig:
+    """BlipForConditionalGeneration: no text encoder."""
+    vision, text = _blip_parts(config)
+    return BlipConfig(vision, text, share=(), encoder=False)
+
+
+def retrieval(config: Mapping[str, Any]) -> BlipConfig:
+    """BlipForImageTextRetrieval: no text decoder."""
+    vision, text = _blip_parts(config)
+    width = config.get("image_text_hidden_size", 256)
+    return BlipConfig(vision, text, projection_dim=width, share=(), decoder=False)
+
+
+def vqa(config: Mapping[str, Any]) -> BlipVqaConfig:
+    """BlipForQuestionAnswering."""
+    return BlipVqaConfig(*_blip_parts(config))
+
+
+def clip(config: Mapping[str, Any]) -> ClipConfig:
+    """CLIPModel."""
+    text = _read(_section(config, "text_config"), _CLIP_TEXT_MODEL)
+    if text["eos_token_id"] == 2:  # a mistake of old files: it means the largest id
+        text["eos_token_id"] = text["vocab_size"] - 1
+    vision = _read(_section(config, "vision_config"), _CLIP_VIT)
+    vision |= {"patch_bias": False, "pre_norm": True, "final_norm": False}
+    return ClipConfig(
+        from_dict(VisionConfig, vision, "config.json: vision_config"),
+        from_dict(ClipTextConfig, text, "config.json: text_config"),
+        config.get("projection_dim", 512),
+    )
+
+
+def dinov2(config: Mapping[str, Any]) -> VisionConfig:
+    """Dinov2Model."""
+    if config.get("use_swiglu_ffn"):
+        raise UserError("config.json: use_swiglu_ffn (DINOv2 giant) is not supported")
+    found = _read(config, _DINOV2_VIT)
+    found["intermediate_size"] = found["hidden_size"] * found.pop("mlp_ratio")
+    found["layer_scale"] = found.pop("layerscale_value")
+    return from_dict(VisionConfig, found, "config.json")
+
+
+def to_blip(config: BlipConfig | BlipVqaConfig) -> dict[str, Any]:
+    """config.json of a BLIP captioner, retrieval or VQA model."""
+    text = {
+        key: getattr(config.text, key) for key in _BLIP_TEXT.keys() - {"bos_token_id", "hidden_dropout_prob"}
+    }
+    text |= {"bos_token_id": config.text.dec_token_id, "eos_token_id": config.text.sep_token_id}
+    text |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.text.dropout)
+    vision = {key: getattr(config.vision, key) for key in _BLIP_VIT}
+    parts = {"text_config": _their_act(text), "vision_config": _their_act(vision), "model_type": "blip"}
+    return parts | {"image_text_hidden_size": getattr(config, "projection_dim", 256)}
+
+
+def to_clip(config: ClipConfig) -> dict[str, Any]:
+    """config.json of a CLIPModel."""
+    text = {key: getattr(config.text, key) for key in _CLIP_TEXT_MODEL}
+    vision = {key: getattr(config.vision, key) for key in _CLIP_VIT}
+    parts = {"text_config": _their_act(text), "vision_config": _their_act(vision), "model_type": "clip"}
+    return parts | {"projection_dim": config.projection_dim}
+
+
+def to_dinov2(config: VisionConfig) -> dict[str, Any]:
+    """config.json of a Dinov2Model."""
+    same = {key: getattr(config, key) for key in _DINOV2_VIT.keys() - {"mlp_ratio", "layerscale_value"}}
+    own = {
+        "mlp_ratio": config.intermediate_size // config.hidden_size,
+        "layerscale_value": config.layer_scale or 1.0,
+    }
+    return _their_act(same) | own | {"model_type": "dinov2"}
+
+
+def _their_act(section: dict[str, Any]) -> dict[str, Any]:
+    act = section["hidden_act"]
+    return section | {"hidden_act": "gelu_pytorch_tanh" if act == "gelu_tanh" else act}
+
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_PROCESSORS: dict[
+    str, dict[str, Any]
+] = {  # what transformers assumes for a key that preprocessor_config.json leaves out
+    "blip": {"size": {"height": 384, "width": 384}},
+    "clip": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224},
+    "dinov2": {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224, **_IMAGENET},
+}
+
+
+def image_transform(
+    kind: str, image_size: int, processor: Mapping[str, Any] | None
+) -> tuple[ImageTransform, list[str]]:
+    """The image transform that a preprocessor_config.json describes, and what deserves to be known about it.
+
+    Without one (None) it is what is usual for the model_type `kind`, at the `image_size` of the model. Raises
+    UserError for steps `ImageTransform` does not have.
+    """
+    notes = []
+    if processor is None:
+        notes.append(f"no preprocessor_config.json: images are prepared as is usual for {kind}")
+        same = (
+            {"height": image_size, "width": image_size} if kind == "blip" else {"shortest_edge": image_size}
+        )
+        processor = {"size": same, "crop_size": image_size}
+    found = _PROCESSORS[kind] | dict(processor.get("image_processor", processor))
+    size, crop = found["size"], found.get("crop_size")
+    if abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not found.get("do_rescale", True):
+        raise UserError("preprocessor_config.json: pixels are scaled by another factor than 1/255")
+    settings = {"interpolation": _RESAMPLE.get(found.get("resample", 3), found.get("resample"))}
+    if not found.get("do_normalize", True):
+        settings |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    elif "image_mean" in found:
+        settings |= {"mean": tuple(found["image_mean"]), "std": tuple(found["image_std"])}
+    if found.get("do_center_crop"):
+        short = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+        side = _side(list(crop.values()) if isinstance(crop, dict) else crop, "crop_size")
+        settings |= {"resize": "crop", "image_size": side}
+        if short != side:
+            notes.append(
+                f"images are resized to {side} px and cropped, in transformers to {short} px before that"
+            )
+    else:
+        sides = [size["height"], size["width"]] if isinstance(size, dict) and "height" in size else size
+        settings |= {"resize": "squash", "image_size": _side(sides, "size")}
+    return from_dict(ImageTransform, settings, "preprocessor_config.json"), notes

@@ -1,0 +1,173 @@
+"""Weights go into a model completely or not at all; what happened to every tensor is written down."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from openblip.config import UserError
+from openblip.models.blip import Blip, BlipConfig
+from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
+from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
+from openblip.models.clip import Clip, ClipConfig
+from openblip.models.vit import VisionConfig, build_vision, resize_position_embedding
+
+# What can be saved and loaded: the name in config.json, the configuration, the model it describes.
+SYSTEMS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
+    "blip": (BlipConfig, Blip),
+    "blip_vqa": (BlipVqaConfig, BlipVqa),
+    "blip_nlvr": (BlipNlvrConfig, BlipNlvr),
+    "clip": (ClipConfig, Clip),
+    "vit": (VisionConfig, build_vision),
+}
+
+_SHOWN = 6  # names spelled out in one message; the rest is counted
+
+
+class WeightsError(UserError):
+    """Weights that do not fit the model: missing, not known, of another shape, or copies that differ."""
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor of a model and of the file it came from. `print` it."""
+
+    source: str = ""
+    layout: str = "openblip"
+    loaded: list[str] = field(default_factory=list)  # our names
+    tied: dict[str, str] = field(default_factory=dict)  # a name -> the name it shares one tensor with
+    ignored: dict[str, str] = field(default_factory=dict)  # a name in the file -> why it is not needed
+    interpolated: dict[str, str] = field(default_factory=dict)  # our name -> "old size -> new size"
+    fresh: dict[str, str] = field(default_factory=dict)  # our name -> what it is set to, and why
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.layout} layout, {len(self.loaded)} tensors loaded"]
+        for title in ("interpolated", "fresh", "ignored"):
+            lines += [f"  {title}: {name} ({what})" for name, what in getattr(self, title).items()]
+        lines += [f"  tied: {_names([f'{name} = {owner}' for name, owner in self.tied.items()])}"] * bool(
+            self.tied
+        )
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def empty_model(config: Any, image_size: int | None = None) -> Any:
+    """The model a config of `SYSTEMS` describes, without weights (on the meta device), in eval mode.
+
+    With `image_size`, for images of that many pixels instead. A vision backbone of transformers is built in
+    earnest, since it may hold tables that are in no file. Raises UserError for a backbone at another size.
+    """
+    vision = config if isinstance(config, VisionConfig) else config.vision
+    if image_size is not None and image_size != vision.image_size:
+        if vision.backbone is not None:
+            raise UserError(
+                f"image_size {image_size}: the vision backbone of this model is made for {vision.image_size}"
+            )
+        vision = replace(vision, image_size=image_size)
+        config = vision if isinstance(config, VisionConfig) else replace(config, vision=vision)
+    build = next(build for cls, build in SYSTEMS.values() if type(config) is cls)
+    if vision.backbone is not None:
+        return build(config).eval()
+    with torch.device("meta"), _NothingDrawn():
+        return build(config).eval()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device there is nothing to fill, but it would take a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def merge_tied_(
+    tensors: MutableMapping[str, Tensor], groups: Iterable[Sequence[str]], where: str
+) -> dict[str, str]:
+    """Leave one copy of every group of names that stand for one tensor, under the first name of the group.
+
+    Returns {other name: first name} of the copies found. Raises WeightsError if two copies are not equal: a
+    model that ties them could only load one.
+    """
+    tied = {}
+    for owner, *others in groups:
+        for name in others:
+            if name not in tensors:
+                continue
+            value = tensors.pop(name)
+            kept = tensors.setdefault(owner, value)
+            if kept is not value and not torch.equal(kept, value):
+                raise WeightsError(f"{where}: {name} and {owner} differ; in this model they are one tensor")
+            tied[name] = owner
+    return tied
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Groups of names by which the model knows one and the same tensor: its structure ties them."""
+    groups: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def resize_positions_(tensors: MutableMapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
+    """Resize tables of position embeddings [1, 1 + n², D] to the grid the model wants: {name: "sizes"}.
+
+    Only between square grids, which is what `VisionTransformer` is configured with; bicubic (BLIP §4.1).
+    """
+    resized = {}
+    for name, value in tensors.items():
+        shape = wanted[name].shape if name in wanted else value.shape
+        if not name.endswith("position_embedding") or value.shape == shape or value.shape[2:] != shape[2:]:
+            continue
+        old, new = (round((size - 1) ** 0.5) for size in (value.shape[1], shape[1]))
+        if (old * old, new * new) == (value.shape[1] - 1, shape[1] - 1):
+            tensors[name] = resize_position_embedding(value, (new, new))
+            resized[name] = f"{old} x {old} -> {new} x {new} patches, bicubic"
+    return resized
+
+
+def fill_(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put `tensors` into `model`, on the meta device or not: they become its parameters, nothing is copied.
+
+    Every name of the state dict must be there, and no other.
+
+    Raises:
+        WeightsError: names the tensors that are missing, unknown or of another shape.
+    """
+    wanted = model.state_dict()
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, the model wants {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    refuse(where, missing=wanted.keys() - tensors.keys(), unknown=tensors.keys() - wanted.keys(), wrong=wrong)
+    model.load_state_dict(dict(tensors), assign=True)
+
+
+def refuse(
+    where: str,
+    *,
+    missing: Collection[str] = (),
+    unknown: Collection[str] = (),
+    wrong: Sequence[str] = (),
+) -> None:
+    """Raise a WeightsError that names every kind of misfit; return if there is none."""
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing: {_names(sorted(missing))}")
+    if unknown:
+        faults.append(f"{len(unknown)} this model has no place for: {_names(sorted(unknown))}")
+    if wrong:
+        faults.append(f"{len(wrong)} of another shape: {_names(wrong)}")
+    if faults:
+        raise WeightsError(f"{where}: weights do not fit the model; {'; '.join(faults)}")
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
