@@ -1,0 +1,1 @@
+"""CapFilt: caption, score, decide, write."""

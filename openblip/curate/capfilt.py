@@ -1,0 +1,260 @@
+"""CapFilt (BLIP §3.3): a captioner writes captions for web images, a filter drops texts that do not match.
+
+    web pairs  {(I, T_w)} ──┬──────────────────── filter ── kept (I, T_w) ┐
+                            └─ captioner ── T_s ─ filter ── kept (I, T_s) ┼─► a dataset to train on
+    human pairs {(I, T_h)} ───────────────────────────────────────────────┘
+
+Captioner (LM) and filter (ITC + ITM) are fine-tuned separately, from the same pre-trained model, on the
+human pairs; sharing weights between them makes the filter forgive the captioner's mistakes (table 4). Scores
+are stored, and what is kept is decided when they are read: `keep_matching` is BLIP's rule, `keep_best`
+BLIP-2's (§3.4).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openblip.api import Pipeline
+from openblip.config import UserError, to_dict
+from openblip.data.collate import picture_key
+from openblip.data.features import FeatureCache
+from openblip.data.rows import Row
+from openblip.models.generation import GenerationConfig
+
+Kind = Literal["web", "synthetic"]
+
+
+def nucleus() -> GenerationConfig:
+    """The paper's sampling: one caption by nucleus sampling, p = 0.9 (more diverse than beams: table 2).
+
+    Lengths and the repetition penalty are those of the released captioning code.
+    """
+    return GenerationConfig(
+        do_sample=True, top_p=0.9, repetition_penalty=1.1, min_new_tokens=3, max_new_tokens=20
+    )
+
+
+@dataclass(frozen=True)
+class MatchScale:
+    """P(match) from both of the filter's heads: sigmoid(itm · ITM logit + itc · cosine + bias).
+
+    The default is the ITM head alone, the paper's rule. A small filter, whose ITM head has seen little, gains from
+    the cosine; `fit_match_scale` finds the weights on human pairs the filter was not trained on.
+    """
+
+    itm: float = 1.0
+    itc: float = 0.0
+    bias: float = 0.0
+
+    def __call__(self, probability: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+        """P(match) of the ITM head and cosines [...] -> P(match) [...]."""
+        clipped = probability.astype(np.float64).clip(1e-7, 1 - 1e-7)
+        logit = np.log(clipped / (1 - clipped))
+        return 1 / (1 + np.exp(-(self.itm * logit + self.itc * cosine + self.bias)))
+
+
+@dataclass
+class CapFiltConfig:
+    """How captions are written. `num_return_sequences` of `generation` is the number of captions per image.
+
+    prompt: None for the captioner's own. seed: with the image's id, it alone decides what is sampled.
+    """
+
+    generation: GenerationConfig = field(default_factory=nucleus)
+    prompt: str | None = None
+    seed: int = 0
+    scale: MatchScale = field(default_factory=MatchScale)
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text of an image, where it came from, and what the filter thinks of it."""
+
+    id: str  # of the image
+    kind: Kind
+    text: str
+    itm: float  # P(match) of the ITM head
+    itc: float  # cosine of the ITC features
+    match: float  # what is decided by: `itm`, unless the job has a `MatchScale`
+    seed: int | None  # what a synthetic text was sampled with
+
+    def record(self) -> dict[str, Any]:
+        """As a dict, for a table."""
+        return asdict(self)
+
+
+def fit_match_scale(filter: Pipeline, rows: Sequence[Row], embeds: Tensor) -> MatchScale:
+    """Logistic regression of "is it this picture's caption?" on the filter's two scores.
+
+    rows: human pairs kept out of the filter's training; embeds [B, N, D] of their pictures. Every picture is
+    judged with its own caption and with those of the other rows; both kinds weigh the same, so 0.5 is the
+    boundary between a match and a chance pair. Raises UserError for fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise UserError(f"{len(rows)} human pairs are too few to fit the filter's scale: give two or more")
+    texts = [row.captions[0] for row in rows]
+    found = [
+        filter.match_embeds(picture[None], [texts]) for picture in embeds
+    ]  # rows² texts are many at once
+    own = np.eye(len(rows), dtype=bool).ravel()
+    p = np.concatenate([one.probability[0] for one in found]).astype(np.float64).clip(1e-7, 1 - 1e-7)
+    scores = np.stack([np.log(p / (1 - p)), np.concatenate([one.cosine[0] for one in found])], axis=1)
+    spread = scores.std(axis=0) + 1e-9
+    x = np.concatenate([scores / spread, np.ones((len(own), 1))], axis=1)
+    weight = np.where(own, 0.5 / own.sum(), 0.5 / (~own).sum())
+    ridge = np.diag([1e-3, 1e-3, 0.0])  # bounded weights when the pairs are perfectly separable
+    beta = np.zeros(3)
+    for _ in range(50):  # Newton's method; the problem is convex
+        predicted = 1 / (1 + np.exp(-(x @ beta)))
+        gradient = x.T @ (weight * (predicted - own)) + ridge @ beta
+        curvature = (x * (weight * predicted * (1 - predicted))[:, None]).T @ x + ridge
+        beta -= np.linalg.solve(curvature + 1e-9 * np.eye(3), gradient)
+    return MatchScale(float(beta[0] / spread[0]), float(beta[1] / spread[1]), float(beta[2]))
+
+
+class CapFilt:
+    """Captioner and filter at work on one batch of web images after the other.
+
+    features: what the vision tower made of the pictures, if both models have the same frozen one.
+    Raises UserError for a captioner that cannot write or a filter that cannot judge.
+    """
+
+    def __init__(
+        self,
+        captioner: Pipeline,
+        filter: Pipeline,
+        config: CapFiltConfig | None = None,
+        *,
+        features: FeatureCache | None = None,
+    ) -> None:
+        if not getattr(captioner.model.config, "decoder", False):
+            raise UserError("captioner: this model has no text decoder; give a captioning model")
+        if not getattr(filter.model.config, "encoder", False):
+            raise UserError("filter: this model has no ITM head; give a retrieval model")
+        self.captioner, self.filter = captioner, filter
+        self.config = config or CapFiltConfig()
+        self.models = {"captioner": weights_hash(captioner), "filter": weights_hash(filter)}
+        self.one_tower = vision_hash(captioner) == vision_hash(filter)
+        if features is not None and not self.one_tower:
+            raise UserError(
+                "features: captioner and filter have different vision towers, so no cache serves both"
+            )
+        self.features = features
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the outcome depends on besides the data: both models' weights, and the configuration."""
+        return {**self.models, "config": to_dict(self.config)}
+
+    def __call__(self, rows: Sequence[Row], embeds: tuple[Tensor, Tensor]) -> list[ScoredText]:
+        """Write captions for a batch of images and score them beside the web's.
+
+        embeds: image_embeds [B, N, D] of the captioner's tower and of the filter's (see `embed`). Texts come
+        image by image, the web's first; an image's own result does not depend on the batch it is in.
+        What the captioner wrote twice is there once, what it left blank not at all.
+        """
+        seeds = [seed_of(row.id, self.config.seed) for row in rows]
+        written = self.captioner.caption_embeds(embeds[0], self.config.prompt, self.config.generation, seeds)
+        texts: list[list[tuple[Kind, str, int | None]]] = [
+            [("web", text, None) for text in row.captions]
+            + [("synthetic", text, seed) for text in dict.fromkeys(own) if text.strip()]
+            for row, own, seed in zip(rows, written, seeds, strict=True)
+        ]
+        scored: list[ScoredText] = []
+        if not any(texts):
+            return scored
+        found = self.filter.match_ragged(embeds[1], [[text for _, text, _ in of] for of in texts])
+        for row, of, judged in zip(rows, texts, found, strict=True):
+            match = self.config.scale(judged.probability, judged.cosine)
+            for (kind, text, seed), itm, itc, p in zip(
+                of, judged.probability, judged.cosine, match, strict=True
+            ):
+                scored.append(ScoredText(row.id, kind, text, float(itm), float(itc), float(p), seed))
+        return scored
+
+    def embed(self, rows: Sequence[Row], images: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
+        """image_embeds [B, N, D] of rows as each model sees them, from `images` (or the rows' own pictures).
+
+        Cached features are looked up instead; pictures are encoded once if both models share tower and
+        transform.
+        """
+        if self.features is not None:
+            seen = torch.stack([self.features.lookup(picture_key(row)) for row in rows])
+            seen = seen.to(self.captioner.device, self.captioner.dtype)
+            return seen, seen
+        images = [row.image for row in rows] if images is None else images
+        seen = torch.cat([part for part, _ in self.captioner.encoded(images)])
+        if self.one_tower and self.captioner.transform == self.filter.transform:
+            return seen, seen
+        return seen, torch.cat([part for part, _ in self.filter.encoded(images)])
+
+
+def keep_matching(texts: Sequence[ScoredText], threshold: float = 0.5) -> list[bool]:
+    """BLIP's rule: a text is kept if P(match) ≥ threshold. 0.5 is what the ITM head itself says."""
+    return [text.match >= threshold for text in texts]
+
+
+def keep_best(texts: Sequence[ScoredText], k: int = 2) -> list[bool]:
+    """BLIP-2's rule (§3.4): of each image's texts, web's and written, the k of highest ITC similarity.
+
+    Equal texts of an image take one place.
+    """
+    kept = [False] * len(texts)
+    by_image: dict[str, list[int]] = {}
+    for index, text in enumerate(texts):
+        by_image.setdefault(text.id, []).append(index)
+    for indices in by_image.values():
+        different: dict[str, int] = {}
+        for index in sorted(indices, key=lambda i: (-texts[i].itc, i)):
+            different.setdefault(texts[index].text, index)
+        for index in list(different.values())[:k]:
+            kept[index] = True
+    return kept
+
+
+def bootstrap(rows: Sequence[Row], texts: Sequence[ScoredText], kept: Sequence[bool]) -> list[Row]:
+    """The web rows with the captions that were kept, without images that have none. Add the human rows to it.
+
+    Raises UserError if nothing is left.
+    """
+    captions: dict[str, list[str]] = {}
+    for text, keep in zip(texts, kept, strict=True):
+        if keep:
+            captions.setdefault(text.id, []).append(text.text)
+    found = [
+        replace(row, captions=list(dict.fromkeys(captions[row.id]))) for row in rows if row.id in captions
+    ]
+    if not found:
+        raise UserError("CapFilt dropped every text: the filter matches nothing at this threshold")
+    return found
+
+
+def seed_of(image_id: str, seed: int) -> int:
+    """The number an image's captions are sampled with: a hash of its id and the run's seed, below 2⁶³."""
+    digest = hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def weights_hash(pipeline: Pipeline) -> str:
+    """SHA-256 of a model's weights, configuration and image transform, shortened to 16 digits."""
+    return _hash(pipeline.model.state_dict(), repr((pipeline.model.config, pipeline.transform)))
+
+
+def vision_hash(pipeline: Pipeline) -> str:
+    """The same of its vision tower alone."""
+    return _hash(pipeline.model.vision.state_dict(), repr(pipeline.model.config.vision))
+
+
+def _hash(weights: dict[str, Tensor], config: str) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(
+            weights[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:16]

@@ -1,0 +1,205 @@
+"""What CapFilt did to a data set, to look at: one HTML file with pictures, scores and examples.
+
+Examples are not picked by hand: those of an outcome are sorted by score and taken at even distances, from the
+lowest to the highest.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from openblip.config import UserError
+from openblip.curate.dataset import check_job, decide, scores
+from openblip.curate.engine import ShardManifest, publish
+from openblip.curate.html import CardLine, card, cards, histogram_svg, page, section, table, thumbnail
+from openblip.data.rows import BadRow
+from openblip.data.sources import Source
+from openblip.eval.metrics import filter_scores
+
+EXAMPLES = 12  # of each outcome
+
+Line = dict[str, Any]  # of the scores, with `kept`
+
+
+def write_report(
+    job: str | Path,
+    source: Source,
+    out_html: str | Path,
+    *,
+    threshold: float = 0.5,
+    truth: Mapping[str, bool] | None = None,
+) -> dict[str, Any]:
+    """Write the report of a finished job and return its figures.
+
+    Args:
+        truth: row id -> whether the web's captions of this picture are right, where that is known (planted
+            noise). Adds precision, recall and AUC of finding the wrong ones.
+
+    Returns:
+        "images", "bad" (rows by reason), and for "web" and "synthetic": texts, kept, share_dropped. With
+        `truth`, "noise" as `filter_scores` gives it.
+
+    Raises:
+        UserError: the job is not finished or of another source; no text's picture is in `truth`, or all of
+            those are right, or all wrong.
+    """
+    done = check_job(job, source)
+    texts = decide(scores(job), "itm", threshold)
+    if not len(texts):
+        raise UserError(f"{job}: no row of this job could be used, so there is nothing to show")
+    figures = _figures(texts, done)
+    known = _known(texts, truth) if truth is not None else None
+    if known is not None:
+        right, match = known
+        figures["noise"] = filter_scores(1 - match, ~right, 1 - threshold)
+    body = [
+        _summary(figures),
+        _histograms(texts, threshold, known),
+        *_examples(texts, source),
+        _made_by(done),
+    ]
+    subtitle = f"{source.path}: {figures['images']:,} images; a text is kept at P(match) ≥ {threshold:g}"
+    document = page("CapFilt: what was kept, dropped and rewritten", "\n".join(body), subtitle=subtitle)
+    out = Path(out_html)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    publish(out, document.encode())
+    return figures
+
+
+def even_sample(lines: Sequence[Line], count: int) -> list[Line]:
+    """At most `count` lines at even distances in the order of P(match), the lowest and the highest included."""
+    ordered = sorted(lines, key=lambda line: (line["match"], line["id"], line["text"]))
+    places = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int)
+    return [ordered[place] for place in places]
+
+
+def _figures(texts: pa.Table, done: Sequence[ShardManifest]) -> dict[str, Any]:
+    kinds, kept = np.array(texts["kind"].to_pylist()), np.array(texts["kept"].to_pylist(), bool)
+    figures: dict[str, Any] = {
+        "images": sum(manifest.images for manifest in done),
+        "bad": dict(Counter(entry.reason for manifest in done for entry in manifest.bad)),
+    }
+    for kind in ("web", "synthetic"):
+        of_kind = kept[kinds == kind]
+        dropped = float(1 - of_kind.mean()) if len(of_kind) else 0.0
+        figures[kind] = {"texts": len(of_kind), "kept": int(of_kind.sum()), "share_dropped": dropped}
+    return figures
+
+
+def _known(texts: pa.Table, truth: Mapping[str, bool]) -> tuple[np.ndarray, np.ndarray]:
+    """(right [n] bool, P(match) [n]) of the web texts whose truth is known."""
+    found = [
+        (truth[line["id"]], line["match"])
+        for line in texts.select(["id", "kind", "match"]).to_pylist()
+        if line["kind"] == "web" and line["id"] in truth
+    ]
+    if not found:
+        raise UserError("truth: no picture of the job is in it; its keys are row ids, as in the scores")
+    return np.array([right for right, _ in found], bool), np.array([match for _, match in found])
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    kinds = [
+        (kind, figures[kind]["texts"], figures[kind]["kept"], f"{figures[kind]['share_dropped']:.1%}")
+        for kind in ("web", "synthetic")
+    ]
+    parts = [table(("texts", "in all", "kept", "dropped as noise"), kinds)]
+    if figures["bad"]:
+        parts.append(table(("rows that could not be used", "count"), sorted(figures["bad"].items())))
+    if "noise" in figures:
+        names = ("precision", "recall", "f1", "accuracy", "auc")
+        judged = [(name, figures["noise"][name]) for name in names]
+        parts.append(table(("finding the web texts known to be wrong", ""), judged))
+    return section("In numbers", "\n".join(parts))
+
+
+def _histograms(texts: pa.Table, threshold: float, known: tuple[np.ndarray, np.ndarray] | None) -> str:
+    kinds = np.array(texts["kind"].to_pylist())
+    match, itm, itc = (texts[name].to_numpy() for name in ("match", "itm", "itc"))
+    names = [kind for kind in ("web", "synthetic") if (kinds == kind).any()]
+    by_kind = {kind: match[kinds == kind] for kind in names}
+    drawn = [histogram_svg(by_kind, threshold=threshold)]
+    if known is not None:
+        right, of_web = known
+        halves = {"web, right": of_web[right], "web, wrong": of_web[~right]}
+        drawn.append(
+            histogram_svg(halves, threshold=threshold, label="P(match) of web texts known to be ...")
+        )
+    if not np.allclose(match, itm):
+        by_kind = {kind: itm[kinds == kind] for kind in names}
+        drawn.append(histogram_svg(by_kind, label="P(match) of the ITM head alone"))
+    cosines = {kind: itc[kinds == kind] for kind in names}
+    drawn.append(
+        histogram_svg(cosines, low=float(itc.min()), high=float(itc.max()) + 1e-9, label="ITC cosine")
+    )
+    figures = "\n".join(f"<figure>{svg}</figure>" for svg in drawn)
+    return section("Scores", figures, text="Bars are shares of the texts of their kind.")
+
+
+def _examples(texts: pa.Table, source: Source) -> list[str]:
+    """One section for each outcome: kept, dropped, rewritten, and both dropped."""
+    by_image: dict[str, list[Line]] = {}
+    for line in texts.to_pylist():
+        by_image.setdefault(line["id"], []).append(line)
+    outcomes: dict[str, list[Line]] = {"kept": [], "rewritten": [], "lost": []}
+    for lines in by_image.values():
+        web = [line for line in lines if line["kind"] == "web"]
+        if not web:
+            continue
+        best = max(web, key=lambda line: line["match"])
+        if best["kept"]:
+            outcomes["kept"].append(best)
+        else:
+            rewritten = any(line["kept"] for line in lines)
+            outcomes["rewritten" if rewritten else "lost"].append(best)
+    titles = {
+        "kept": ("Kept", "The web's text matches. From the weakest to the strongest."),
+        "rewritten": ("Rewritten", "The web's text was dropped; one the captioner wrote is kept instead."),
+        "lost": (
+            "Dropped",
+            "Neither the web's text nor one the captioner wrote matches: the picture is lost.",
+        ),
+    }
+    sections = []
+    for outcome, (title, text) in titles.items():
+        chosen = even_sample(outcomes[outcome], EXAMPLES)
+        shown = cards(_example(by_image[line["id"]], source) for line in chosen)
+        share = len(outcomes[outcome]) / max(1, len(by_image))
+        about = f"{text} {len(outcomes[outcome]):,} of {len(by_image):,} pictures ({share:.1%})."
+        sections.append(section(title, shown if chosen else "", text=about))
+    return sections
+
+
+def _example(lines: Sequence[Line], source: Source) -> str:
+    texts = [
+        CardLine(
+            line["text"],
+            f"{line['kind']} · P(match) {line['match']:.2f} · cosine {line['itc']:.2f} · "
+            + ("kept" if line["kept"] else "dropped"),
+            line["kept"],
+        )
+        for line in lines
+    ]
+    return card(thumbnail(_picture(source, lines[0]["row"])), texts, title=lines[0]["id"])
+
+
+def _picture(source: Source, number: int) -> Any:
+    """The picture of a row, for `thumbnail`; no bytes if the row is gone."""
+    try:
+        return source[number].image
+    except BadRow:
+        return b""
+
+
+def _made_by(done: Sequence[ShardManifest]) -> str:
+    fingerprint = done[0].fingerprint
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value)) for name, value in fingerprint.items()
+    ]
+    text = "SHA-256 of the models' weights, the configuration, and SHA-256 of what the source holds."
+    return section("Made by", table((), rows), text=text)
