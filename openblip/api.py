@@ -1,0 +1,371 @@
+"""What a user holds: `load(name)` gives a Pipeline that captions, matches, answers, embeds and localises.
+
+Images are paths, bytes, PIL images or lists of them; results are strings, floats and NumPy arrays. Every
+image goes through the model's own transform, every text through its own tokenizer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from openblip.config import UserError, from_dict
+from openblip.data.image import Readable, open_image
+from openblip.data.text import Tokenizer, clean_caption, clean_question
+from openblip.data.transforms import ImageTransform
+from openblip.hub import Pretrained, load_pretrained
+from openblip.models.blip import Blip
+from openblip.models.blip_vqa import BlipVqa
+from openblip.models.clip import Clip
+from openblip.models.generation import GenerationConfig, stream
+from openblip.models.localize import localize
+
+Image = str | Path | bytes | Readable | PILImage.Image
+T = TypeVar("T")
+
+MAX_CAPTION_TOKENS = 35  # the released code's limit when matching and embedding
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Match:
+    """How well text and image go together: P(match) of the ITM head, cosine of the ITC features; arrays
+    [B]."""
+
+    probability: np.ndarray
+    cosine: np.ndarray
+
+
+@dataclass
+class Localization:
+    """Where a text looks: one heat map [h, w] in 0…1 per token, in `maps` [L, h, w]; `mean` is their mean."""
+
+    tokens: list[str]
+    maps: np.ndarray
+    mean: np.ndarray
+    image: PILImage.Image
+
+    def picture(self) -> PILImage.Image:
+        """The image with each token's heat map over it, side by side."""
+        from openblip.picture import draw_heatmaps
+
+        return draw_heatmaps(self.image, ["mean", *self.tokens], np.stack([self.mean, *self.maps]))
+
+
+def load(
+    name: str | Path, *, device: str | torch.device | None = None, dtype: str = "fp32", batch_size: int = 16
+) -> "Pipeline":
+    """Load a model folder (ours or transformers') or a hub name.
+
+    device: where it runs; a GPU if there is one. dtype: "fp32", or "bf16" (faster where the processor has
+    it). Raises UserError for a name that is no model, an unknown dtype, or a model this class cannot run.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f'dtype must be "fp32" or "bf16", not {dtype!r}')
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Pipeline(load_pretrained(name), device=device, dtype=dtype, batch_size=batch_size)
+
+
+class Pipeline:
+    """A model with its tokenizer and image transform, ready for use. Made by `load`."""
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "fp32",
+        batch_size: int = 16,
+    ) -> None:
+        self.model = pretrained.model.eval().requires_grad_(False).to(device=device, dtype=DTYPES[dtype])
+        if pretrained.tokenizer is None or pretrained.transform is None:
+            raise UserError(
+                "this model came without its tokenizer or its image transform, so it cannot be used"
+            )
+        self.tokenizer: Tokenizer = pretrained.tokenizer
+        self.transform: ImageTransform = pretrained.transform
+        self.info: dict[str, Any] = pretrained.info
+        self.device, self.dtype, self.batch_size = torch.device(device), DTYPES[dtype], batch_size
+
+    # --- what users ask for ---------------------------------------------------------------------------------
+
+    def caption(
+        self,
+        images: Image | Sequence[Image],
+        prompt: str | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        **generation: Any,
+    ) -> str | list[str] | list[list[str]]:
+        """Captions: a string for one image, a list for a list (of lists with num_return_sequences > 1).
+
+        prompt: the words a caption begins with; they are not part of the result. None takes the model's own
+        ("a picture of " for BLIP captioners), "" none. Options are those of transformers: num_beams,
+        max_new_tokens, min_new_tokens, do_sample, top_p, temperature, repetition_penalty, length_penalty,
+        num_return_sequences, seed. `seeds`: one per image, for sampling that does not depend on the batch.
+        """
+        self._needs(Blip, "decoder", "captioning")
+        beams = 1 if generation.get("do_sample") else 3
+        config = generation_config({"num_beams": beams, "max_new_tokens": 20, **generation})
+        single, images = _listed(images)
+        seeds = list(seeds) if seeds is not None else row_seeds(config.seed, len(images))
+        captions: list[list[str]] = []
+        for embeds, part in self.encoded(images):
+            captions += self.caption_embeds(embeds, prompt, config, seeds[part])
+        flat = captions if config.num_return_sequences > 1 else [texts[0] for texts in captions]
+        return flat[0] if single else flat
+
+    def caption_stream(self, image: Image, prompt: str | None = None, **generation: Any) -> Iterator[str]:
+        """The caption of one image, piece by piece as it is written (greedy or sampled, no beams)."""
+        self._needs(Blip, "decoder", "captioning")
+        config = generation_config({"num_beams": 1, "max_new_tokens": 20, **generation})
+        text = self.model.config.text
+        with torch.inference_mode():
+            embeds, _ = next(self.encoded([image]))
+            prompt_ids = self._prompt_ids(prompt, 1)
+            prompt_ids[:, 0] = text.dec_token_id
+            step = self.model.decoding_step(self.model.decoder_memory(embeds))
+            ids: list[int] = []
+            said = ""
+            for token in stream(
+                step, prompt_ids, config, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id
+            ):
+                ids.append(int(token[0]))
+                now = self.tokenizer.decode(ids)
+                yield now[len(said) :]
+                said = now
+
+    def match(
+        self, images: Image | Sequence[Image], texts: str | Sequence[str] | Sequence[Sequence[str]]
+    ) -> Match:
+        """P(match) and cosine of image i with text i; with a list of texts per image, arrays [B, texts].
+
+        One image may be given with many texts, or one text with many images.
+        """
+        self._needs(Blip, "encoder", "matching")
+        single, images = _listed(images)
+        given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+        if single and given and isinstance(given[0], str):
+            given = [given]
+        elif len(given) == 1 and len(images) > 1:
+            given = given * len(images)
+        if len(given) != len(images):
+            raise UserError(
+                f"match: {len(images)} images but {len(given)} texts; give one text (or list) per image"
+            )
+        per_image = [[text] if isinstance(text, str) else list(text) for text in given]
+        if len({len(row) for row in per_image}) > 1 or not per_image[0]:
+            raise UserError("match: every image needs the same number of texts, one or more")
+        found = [self.match_embeds(embeds, per_image[part]) for embeds, part in self.encoded(images)]
+        probability = np.concatenate([one.probability for one in found])
+        cosine = np.concatenate([one.cosine for one in found])
+        flat = all(isinstance(text, str) for text in given)
+        if single:
+            probability, cosine = probability[0], cosine[0]
+        elif flat:
+            probability, cosine = probability[:, 0], cosine[:, 0]
+        return Match(probability, cosine)
+
+    def answer(
+        self,
+        images: Image | Sequence[Image],
+        questions: str | Sequence[str],
+        *,
+        answers: Sequence[str] | None = None,
+        **generation: Any,
+    ) -> str | list[str]:
+        """Answer a question about each image: freely, or, given `answers`, the one of them that fits best."""
+        self._needs(BlipVqa, None, "question answering")
+        single, images = _listed(images)
+        questions = [questions] * len(images) if isinstance(questions, str) else list(questions)
+        if len(questions) != len(images):
+            raise UserError(
+                f"answer: {len(images)} images but {len(questions)} questions; give one per image"
+            )
+        beams = 1 if generation.get("do_sample") else 3
+        config = generation_config(
+            {"num_beams": beams, "max_new_tokens": 9, "min_new_tokens": 1, **generation}
+        )
+        said: list[str] = []
+        for embeds, part in self.encoded(images):
+            with torch.inference_mode():
+                asked = self.tokens([clean_question(question) for question in questions[part]])
+                memory = self.model.question_memory(embeds, asked["input_ids"], asked["attention_mask"])
+                if answers is None:
+                    found = self.model.generate(memory, config)
+                    said += [self.tokenizer.decode(row) for row in found.sequences.tolist()]
+                else:
+                    candidates = self.tokens(list(answers))
+                    best = self.model.rank(memory, candidates["input_ids"], candidates["attention_mask"])
+                    said += [answers[index] for index in best.tolist()]
+        return said[0] if single else said
+
+    def embed_images(self, images: Image | Sequence[Image]) -> np.ndarray:
+        """float32 [B, P] ([P] for one image): token 0 projected and L2-normalised, the ITC vector.
+
+        Its dot product with `embed_texts` is the cosine that retrieval ranks by.
+        """
+        self._needs((Blip, Clip), "encoder", "embedding")
+        single, images = _listed(images)
+        with torch.inference_mode():
+            parts = [self.model.image_features(embeds).float().cpu() for embeds, _ in self.encoded(images)]
+        vectors = torch.cat(parts).numpy()
+        return vectors[0] if single else vectors
+
+    def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
+        """float32 [R, P] ([P] for one text): [CLS] projected and L2-normalised (CLIP: the end-of-text
+        token)."""
+        self._needs((Blip, Clip), "encoder", "embedding")
+        single, texts = (True, [texts]) if isinstance(texts, str) else (False, list(texts))
+        vectors = np.concatenate(
+            [self._text_features(texts[i : i + 64]).float().cpu().numpy() for i in range(0, len(texts), 64)]
+        )
+        return vectors[0] if single else vectors
+
+    def localize(self, image: Image, text: str, *, layer: int | None = None) -> Localization:
+        """Where the ITM head looks for each token of the text: Grad-CAM of cross-attention (see
+        `models.localize`)."""
+        self._needs(Blip, "encoder", "localisation")
+        picture = open_image(image)
+        tokens = self.tokens([clean_caption(text)])
+        pixel_values = self.transform(picture)[None].to(self.device, self.dtype)
+        patch = self.model.config.vision.patch_size
+        grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+        embeds = self.model.encode_image(pixel_values)
+        maps = localize(self.model, embeds, grid, tokens["input_ids"], tokens["attention_mask"], layer=layer)[
+            0, 1:-1
+        ]  # without [ENC] and [SEP]
+        scale = maps.amax().clamp(min=1e-12)
+        words = [self.tokenizer.decode([token]) for token in tokens["input_ids"][0, 1:-1].tolist()]
+        arrays = (maps / scale).float().cpu().numpy()
+        mean = arrays.mean(axis=0)
+        return Localization(words, arrays, mean / max(mean.max(), 1e-12), picture)
+
+    # --- the same on image embeddings, for callers that hold many texts per image
+    # ---------------------------------
+
+    def encoded(self, images: Sequence[Image]) -> Iterator[tuple[Tensor, slice]]:
+        """(image_embeds [b, N, D], which images they are) batch by batch; the next batch is decoded
+        meanwhile."""
+
+        def pixels(part: slice) -> Tensor:
+            return torch.stack([self.transform(open_image(one)) for one in images[part]])
+
+        parts = [
+            slice(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size)
+        ]
+        for part, values in zip(parts, _ahead(pixels, parts), strict=True):
+            with torch.inference_mode():
+                embeds = self.model.encode_image(values.to(self.device, self.dtype))
+            yield embeds, part
+
+    @torch.inference_mode()
+    def caption_embeds(
+        self,
+        embeds: Tensor,
+        prompt: str | None,
+        config: GenerationConfig,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[str]]:
+        """num_return_sequences captions for each of image_embeds [b, N, D]."""
+        memory = self.model.decoder_memory(embeds)
+        found = self.model.generate(memory, self._prompt_ids(prompt, len(embeds)), config, seeds=seeds)
+        texts = [self.tokenizer.decode(row) for row in found.sequences.tolist()]
+        n = config.num_return_sequences
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+    @torch.inference_mode()
+    def match_embeds(self, embeds: Tensor, texts: Sequence[Sequence[str]]) -> Match:
+        """texts: k of them for each of image_embeds [b, N, D] -> arrays [b, k]. The image is projected
+        once."""
+        flat = [clean_caption(text) for row in texts for text in row]
+        tokens = self.tokens(flat)
+        shape = (len(texts), -1)
+        memory = self.model.encoder_memory(embeds)
+        logits = self.model.itm_logits(memory, tokens["input_ids"], tokens["attention_mask"])
+        features = self.model.text_features(tokens["input_ids"], tokens["attention_mask"]).view(
+            *shape, self._width
+        )
+        cosine = (self.model.image_features(embeds)[:, None] * features).sum(dim=-1)
+        probability = logits.float().softmax(dim=-1)[:, 1].view(shape)
+        return Match(probability.cpu().numpy(), cosine.float().cpu().numpy())
+
+    def match_ragged(self, embeds: Tensor, texts: Sequence[Sequence[str]]) -> list[Match]:
+        """`match_embeds` for images with different numbers of texts: one Match per image, arrays of its
+        length."""
+        width = max(len(row) for row in texts)
+        padded = [[*row, *[""] * (width - len(row))] for row in texts]
+        found = self.match_embeds(embeds, padded)
+        return [
+            Match(probability[: len(row)], cosine[: len(row)])
+            for row, probability, cosine in zip(texts, found.probability, found.cosine, strict=True)
+        ]
+
+    # --- inside
+    # -------------------------------------------------------------------------------------------------
+
+    @property
+    def _width(self) -> int:
+        return self.model.config.projection_dim
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask [R, L] of texts, padded to the longest, on the model's device."""
+        found = self.tokenizer(list(texts), max_length=MAX_CAPTION_TOKENS)
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    @torch.inference_mode()
+    def _text_features(self, texts: list[str]) -> Tensor:
+        if isinstance(self.model, Clip):
+            tokens = self.tokenizer(texts, max_length=self.model.config.text.max_position_embeddings)
+            tokens = {name: value.to(self.device) for name, value in tokens.items()}
+        else:
+            tokens = self.tokens([clean_caption(text) for text in texts])
+        return self.model.text_features(tokens["input_ids"], tokens["attention_mask"])
+
+    def _prompt_ids(self, prompt: str | None, rows: int) -> Tensor:
+        """[CLS] and the prompt's words, without [SEP]: [rows, L]."""
+        prompt = self.info.get("prompt", "") if prompt is None else prompt
+        ids = self.tokens([prompt])["input_ids"][:, :-1]
+        return ids.repeat(rows, 1)
+
+    def _needs(self, kinds: type | tuple[type, ...], part: str | None, purpose: str) -> None:
+        has_part = part is None or getattr(self.model.config, part, True)
+        if not isinstance(self.model, kinds) or not has_part:
+            raise UserError(f"{purpose}: this {type(self.model).__name__} model has no part for it")
+
+
+def row_seeds(seed: int | None, count: int) -> list[int]:
+    """One seed per row, a function of (seed, row); fresh ones when seed is None."""
+    sequence = np.random.SeedSequence(seed)
+    return [int(value) for value in sequence.generate_state(count, np.uint64) >> np.uint64(1)]
+
+
+def generation_config(options: dict[str, Any]) -> GenerationConfig:
+    """Generation options by keyword. Raises ConfigError (a UserError) that names an unknown or impossible one."""
+    return from_dict(GenerationConfig, options, "generation options")
+
+
+def _listed(images: Image | Sequence[Image]) -> tuple[bool, list[Image]]:
+    """(was it a single image, the images as a list)."""
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return False, list(images)
+    return True, [images]
+
+
+def _ahead(function: Callable[[slice], T], items: Sequence[slice]) -> Iterator[T]:
+    """function(item) for each item, computed one ahead in a background thread."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            started = pool.submit(function, item)
+            if coming is not None:
+                yield coming.result()
+            coming = started
+        if coming is not None:
+            yield coming.result()

@@ -1,0 +1,380 @@
+"""The command line: one function per command, whose signature is its schema. Heavy imports happen inside.
+
+A user's mistake is one line on standard error and exit code 2; `--json` prints an answer for machines.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from openblip.config import UserError
+
+Paths = tyro.conf.Positional[tuple[Path, ...]]
+
+
+def quickstart(
+    data: Path | None = None,
+    out: Path = Path("quickstart"),
+    seed: int = 0,
+    noise: float = 0.4,
+    human: int = 300,
+    test: int = 400,
+    json: bool = False,
+) -> None:
+    """Take noisy pairs, train BLIP, bootstrap the captions with CapFilt, train again, and show what it gained.
+
+    Args:
+        data: your own pictures with true captions (any layout `openblip info` understands); otherwise OpenMoji
+            drawings from registry packages.
+        out: folder for models, report.html and results.json; a second call goes on where the first one stopped.
+        seed: of the split, the planted noise, and all training.
+        noise: share of the web pairs whose captions are planted wrong.
+        human: how many pairs count as human-labelled.
+        test: how many pairs are kept for the test.
+        json: print the results as JSON.
+    """
+    from openblip.quickstart.run import run
+
+    results = run(data, out, seed=seed, noise=noise, human=human, test=test)
+    _answer(results, json, lambda: f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
+
+
+def train(
+    recipe: tyro.conf.Positional[str],
+    data: Path,
+    out: Path,
+    split: str | None = None,
+    init: str | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    json: bool = False,
+) -> None:
+    """Train one stage. Interrupted, the same call goes on; under torchrun, several processes share the batches.
+
+    Args:
+        recipe: the name of a recipe (`openblip info` lists them), or a JSON file of one.
+        data: image-text pairs, questions, or whatever the stage needs.
+        out: run folder; the model lands in its `model` folder.
+        split: of the data.
+        init: model folder or hub name to begin with.
+        steps: optimizer steps, instead of the recipe's.
+        batch_size: pairs per step, instead of the recipe's.
+        lr: learning rate, instead of the recipe's.
+        seed: instead of the recipe's.
+        json: print where the model is and the last losses as JSON.
+    """
+    from dataclasses import replace
+
+    from openblip.config import load_json
+    from openblip.data.sources import open_source
+    from openblip.recipes import Recipe, recipe_named
+    from openblip.train.stage import run_stage
+
+    chosen = load_json(Recipe, recipe) if recipe.endswith(".json") else recipe_named(recipe)
+    given = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "max_steps" in changes:
+        changes["warmup_steps"] = min(chosen.train.warmup_steps, changes["max_steps"])
+    if "lr" in changes:
+        changes["min_lr"] = min(chosen.train.min_lr, changes["lr"])
+        changes["warmup_lr"] = min(chosen.train.warmup_lr, changes["lr"])
+    chosen = replace(chosen, train=replace(chosen.train, **changes), init=init or chosen.init)
+    result = run_stage(chosen, open_source(str(data), split=split), out)
+    answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
+    _answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
+
+
+def capfilt(
+    data: Path,
+    out: Path,
+    captioner: str,
+    filter: str,
+    split: str | None = None,
+    captions: int = 1,
+    prompt: str | None = None,
+    top_p: float = 0.9,
+    threshold: float = 0.5,
+    top_k: int | None = None,
+    human: Path | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    json: bool = False,
+) -> None:
+    """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
+
+    Args:
+        data: web pairs, any layout `openblip info` understands.
+        out: job folder: scores, report.html, and the cleaned data as parquet and webdataset tars.
+        captioner: a captioning model (folder or hub name).
+        filter: a retrieval model.
+        split: of the data.
+        captions: written per picture.
+        prompt: begin of every written caption; the captioner's own if not given.
+        top_p: of nucleus sampling.
+        threshold: keep texts with at least this P(match); may be changed later without judging again.
+        top_k: BLIP-2's rule instead: keep each picture's k best texts by ITC similarity.
+        human: human-labelled pairs to add unchanged.
+        seed: with a picture's id, decides what is sampled.
+        batch_size: pictures at a time.
+        json: print the counts as JSON.
+    """
+    from dataclasses import replace
+
+    from openblip.api import load
+    from openblip.curate import dataset, engine
+    from openblip.curate.capfilt import CapFilt, CapFiltConfig, nucleus
+    from openblip.curate.report import write_report
+    from openblip.data.sources import open_source
+
+    generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
+    worker = CapFilt(load(captioner), load(filter), CapFiltConfig(generation, prompt, seed))
+    source = open_source(str(data), split=split)
+    result = engine.run(worker, source, out, batch_size=batch_size)
+    extra = open_source(str(human)) if human else None
+    rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
+    if top_k is not None:
+        rule = {"rule": "top_k", "k": top_k}
+    dataset.write_parquet(out, source, out / "parquet", human=extra, **rule)
+    dataset.write_webdataset(out, source, out / "webdataset", human=extra, **rule)
+    write_report(out, source, out / "report.html", threshold=threshold)
+    _answer(vars(result), json, lambda: f"report: {out / 'report.html'}")
+
+
+def caption(
+    images: Paths,
+    model: str,
+    prompt: str | None = None,
+    num_beams: int = 3,
+    max_new_tokens: int = 20,
+    min_new_tokens: int = 0,
+    do_sample: bool = False,
+    top_p: float = 0.9,
+    seed: int | None = None,
+    json: bool = False,
+) -> None:
+    """Write a caption for each image.
+
+    Args:
+        images: picture files.
+        model: a captioning model (folder or hub name).
+        prompt: words the caption begins with.
+        num_beams: of beam search; ignored when sampling.
+        max_new_tokens: longest caption.
+        min_new_tokens: shortest caption.
+        do_sample: nucleus sampling instead of beam search.
+        top_p: of nucleus sampling.
+        seed: of sampling.
+        json: print {image: caption} as JSON.
+    """
+    from openblip.api import load
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    options |= {"do_sample": True, "top_p": top_p, "seed": seed} if do_sample else {"num_beams": num_beams}
+    written = load(model).caption(list(images), prompt, **options)
+    answer = {str(image): text for image, text in zip(images, written, strict=True)}
+    _answer(answer, json, lambda: "\n".join(f"{image}: {text}" for image, text in answer.items()))
+
+
+def match(image: tyro.conf.Positional[Path], texts: tyro.conf.Positional[tuple[str, ...]], model: str,
+          json: bool = False) -> None:  # fmt: skip
+    """Say how well texts match an image: P(match) of the ITM head, and cosine of the ITC features.
+
+    Args:
+        image: a picture file.
+        texts: one or more texts.
+        model: a retrieval model (folder or hub name).
+        json: print a list of {text, probability, cosine} as JSON.
+    """
+    from openblip.api import load
+
+    found = load(model).match(image, list(texts))
+    answer = [
+        {"text": text, "probability": float(p), "cosine": float(c)}
+        for text, p, c in zip(texts, found.probability, found.cosine, strict=True)
+    ]
+    _answer(
+        answer,
+        json,
+        lambda: "\n".join(f"{a['probability']:.3f}  {a['cosine']:.3f}  {a['text']}" for a in answer),
+    )
+
+
+def vqa(
+    image: tyro.conf.Positional[Path],
+    question: tyro.conf.Positional[str],
+    model: str,
+    answers: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Answer a question about an image.
+
+    Args:
+        image: a picture file.
+        question: what to ask.
+        model: a VQA model (folder or hub name).
+        answers: choose among these instead of answering freely.
+        json: print {question, answer} as JSON.
+    """
+    from openblip.api import load
+
+    said = load(model).answer(image, question, answers=list(answers) or None)
+    _answer({"question": question, "answer": said}, json, lambda: str(said))
+
+
+def search(
+    data: Path, query: tyro.conf.Positional[str], model: str, split: str | None = None, top: int = 10,
+    rerank: int = 32, json: bool = False,
+) -> None:  # fmt: skip
+    """Find the pictures that fit a text: by cosine first, the best of them by ITM logit + cosine (BLIP §5.1).
+
+    Args:
+        data: pictures, any layout `openblip info` understands.
+        query: the text.
+        model: a retrieval model (folder or hub name).
+        split: of the data.
+        top: how many to show.
+        rerank: how many of the best by cosine the ITM head looks at; 0: none.
+        json: print a list of {id, score, cosine} as JSON.
+    """
+    from openblip.api import load
+    from openblip.data.rows import BadRows
+    from openblip.data.sources import open_source
+    from openblip.search.scan import scan
+
+    bad = BadRows()
+    found = scan(load(model), open_source(str(data), split=split), query, top=top, rerank=rerank, bad=bad)
+    _answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
+    if bad.total:
+        print(f"{bad.total} rows could not be read: {dict(bad.counts)}", file=sys.stderr)
+
+
+def eval(
+    task: tyro.conf.Positional[Literal["retrieval", "caption", "vqa"]],
+    data: Path,
+    model: str,
+    split: str | None = None,
+    k: int = 128,
+    num_beams: int = 3,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Evaluate a model as the papers do: retrieval with ITM rerank, captions (BLEU, ROUGE-L, CIDEr-D), VQA accuracy.
+
+    Args:
+        task: what to evaluate.
+        data: rows with captions, or with questions and answers.
+        model: folder or hub name.
+        split: of the data.
+        k: candidates that the ITM head reranks, for each image and each text.
+        num_beams: of beam search.
+        out: a file for the figures, with the model and the data they belong to.
+        json: print the figures as JSON.
+    """
+    from openblip.api import load
+    from openblip.data.sources import open_source
+    from openblip.eval import benchmarks
+
+    pipeline, rows = load(model), list(open_source(str(data), split=split))
+    if task == "retrieval":
+        figures = benchmarks.retrieval(pipeline, rows, k=k)
+    elif task == "caption":
+        figures = benchmarks.captioning(pipeline, rows, num_beams=num_beams)
+    else:
+        figures = benchmarks.vqa(pipeline, rows, num_beams=num_beams)
+    record = {"task": task, "model": model, "data": str(data), "split": split, "k": k, "num_beams": num_beams}
+    if out is not None:
+        out.write_text(_json({**record, "figures": figures}), encoding="utf-8")
+    _answer(
+        figures,
+        json,
+        lambda: _lines({name: v for name, v in figures.items() if name not in ("captions", "answers")}),
+    )
+
+
+def info(what: tyro.conf.Positional[str] = "", json: bool = False) -> None:
+    """Say what a model folder or a data set holds; without an argument: the version and the recipes.
+
+    Args:
+        what: a model folder, a hub name, or data.
+        json: print it as JSON.
+    """
+    from openblip import __version__
+
+    if not what:
+        from openblip.recipes import RECIPES
+
+        found: dict[str, Any] = {"openblip": __version__, "recipes": list(RECIPES)}
+    elif (Path(what) / "config.json").is_file() or not Path(what).exists():
+        from openblip.config import to_dict
+        from openblip.hub import load_pretrained
+
+        made = load_pretrained(what)
+        count = sum(parameter.numel() for parameter in made.model.parameters())
+        found = {
+            "model": type(made.model).__name__,
+            "parameters": count,
+            "config": to_dict(made.model.config),
+        }
+        found |= {"info": made.info, "weights": str(made.report)}
+    else:
+        from openblip.data.sources import open_source
+
+        source = open_source(what)
+        found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
+    _answer(found, json, lambda: _lines(found))
+
+
+def _answer(value: Any, as_json: bool, text: Callable[[], str]) -> None:
+    print(_json(value) if as_json else text())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def _lines(values: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines.append(f"{indent}{name}:\n{_lines(value, indent + '  ')}")
+        else:
+            lines.append(
+                f"{indent}{name}: {value:.4f}" if isinstance(value, float) else f"{indent}{name}: {value}"
+            )
+    return "\n".join(lines)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "capfilt": capfilt,
+    "caption": caption,
+    "match": match,
+    "vqa": vqa,
+    "search": search,
+    "eval": eval,
+    "info": info,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `openblip` command. Exits with 2 and one line for a user's mistake, 130 when interrupted."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="openblip", description="The BLIP line of vision-language models.", args=arguments
+        )
+    except (UserError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("OPENBLIP_TRACEBACK"):
+            raise
+        print(f"openblip: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("openblip: interrupted; the same call goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None

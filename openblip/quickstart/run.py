@@ -1,0 +1,40 @@
+"""What `openblip quickstart` does: find the data, tell the story, write the report."""
+
+from pathlib import Path
+from typing import Any
+
+from openblip.config import UserError
+from openblip.data.rows import BadRows
+from openblip.data.sources import open_source
+from openblip.quickstart.openmoji import openmoji
+from openblip.quickstart.report import write_report
+from openblip.quickstart.story import StoryConfig, tell
+
+
+def run(
+    data: str | Path | None,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    noise: float = 0.4,
+    human: int = 300,
+    test: int = 400,
+) -> dict[str, Any]:
+    """Tell the story on OpenMoji drawings, or on the user's own pictures, and return results.json's content.
+
+    report.html, results.json and the models land in `out`. Raises UserError for unusable data or sizes.
+    """
+    out = Path(out)
+    config = StoryConfig(human=human, test=test, noise=noise, seed=seed)
+    if data is None:
+        print("drawing OpenMoji (CC BY-SA 4.0)", flush=True)
+        rows = openmoji(out / "openmoji")
+    else:
+        bad = BadRows(out / "bad_rows.jsonl")
+        out.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in open_source(str(data)).rows(bad) if row.captions]
+        if not rows:
+            raise UserError(f"{data}: no picture with a caption")
+    story = tell(rows, out, config, say=lambda line: print(line, flush=True))
+    write_report(story, out / "report.html")
+    return story.results

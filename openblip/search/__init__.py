@@ -1,0 +1,1 @@
+"""An index over images and texts, and its second stage."""

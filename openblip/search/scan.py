@@ -1,0 +1,61 @@
+"""Search over a source without an index: embed every picture, rank by cosine, rerank the best by ITM."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from openblip.api import Pipeline
+from openblip.config import UserError
+from openblip.data.image import BadImage, open_image
+from openblip.data.rows import BadRows, Row
+from openblip.data.sources import Source
+
+
+def scan(
+    pipeline: Pipeline,
+    source: Source,
+    query: str,
+    *,
+    top: int = 10,
+    rerank: int = 32,
+    bad: BadRows | None = None,
+) -> list[dict[str, Any]]:
+    """The `top` pictures for a text, best first: {"id", "where", "score", "cosine"}.
+
+    The `rerank` best by cosine are scored by ITM logit + cosine and come first (BLIP §5.1); 0 leaves the order by
+    cosine. Pictures that cannot be opened are recorded in `bad`. Raises UserError if none can.
+    """
+    bad = bad or BadRows(max_share=1.0)
+    rows: list[Row] = []
+    vectors = []
+    block: list[tuple[Row, Any]] = []
+
+    def embed() -> None:
+        rows.extend(row for row, _ in block)
+        vectors.append(pipeline.embed_images([image for _, image in block]))
+        block.clear()
+
+    for row in source.rows(bad):
+        try:
+            block.append((row, open_image(row.image, draft_size=pipeline.transform.draft_size)))
+        except BadImage as error:
+            bad.add(error.reason, row.where, error.detail)
+        if len(block) == pipeline.batch_size:
+            embed()
+    if block:
+        embed()
+    if not rows:
+        raise UserError(f"search: no picture could be opened ({dict(bad.counts)})")
+    cosine = np.concatenate(vectors) @ pipeline.embed_texts(query)
+    order = np.argsort(-cosine, kind="stable")
+    scores = cosine.copy()
+    if rerank:
+        best = order[: max(rerank, top)]
+        found = pipeline.match([rows[i].image for i in best], query)
+        scores[best] = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy() + found.cosine
+        order = best[np.argsort(-scores[best], kind="stable")]
+    return [
+        {"id": rows[i].id, "where": rows[i].where, "score": float(scores[i]), "cosine": float(cosine[i])}
+        for i in order[:top]
+    ]

@@ -1,0 +1,115 @@
+"""Tiny random models in folders as users have them, and a folder of pictures to try them on."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from openblip.api import Pipeline
+from openblip.data.text import Tokenizer, bert_uncased
+from openblip.data.transforms import ImageTransform
+from openblip.hub import save_pretrained
+from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
+from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
+from openblip.models.text import TextConfig
+from openblip.models.vit import VisionConfig
+from tests.curate.made import tiny_blip
+
+VISION = VisionConfig(32, 16, 16, 2, 2, 32)
+TEXT = TextConfig(30524, 16, 2, 2, 32, dropout=0.0)
+COLOURS = ("red", "green", "blue", "yellow", "white", "purple", "orange", "gray")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar", "diamond", "frame")
+
+
+def save(pipeline: Pipeline, folder: Path) -> Path:
+    save_pretrained(
+        pipeline.model, folder, tokenizer=pipeline.tokenizer, transform=pipeline.transform, info=pipeline.info
+    )
+    return folder
+
+
+def save_blip(folder: Path, seed: int = 1, **parts: bool) -> Path:
+    return save(tiny_blip(seed, **parts), folder)
+
+
+def save_vqa(folder: Path) -> Path:
+    torch.manual_seed(3)
+    model = BlipVqa(BlipVqaConfig(VISION, TEXT))
+    _liven_(model)
+    save_pretrained(model, folder, tokenizer=bert_uncased(), transform=ImageTransform(image_size=32))
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """Its vocabulary: the bytes, alone and at the end of a word."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Tokenizer.from_bpe(folder / "vocab.json", folder / "merges.txt")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    words = ClipTextConfig(vocab_size=len(tokens), eos_token_id=len(tokens) - 1, **sizes)
+    model = Clip(ClipConfig(clip_vision(32, 16, **sizes), words, projection_dim=8))
+    save_pretrained(model, folder, tokenizer=tokenizer, transform=ImageTransform(32, resize="crop"))
+    return folder
+
+
+def _liven_(model: torch.nn.Module) -> None:
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+
+
+def drawing(number: int, side: int = 48) -> Image.Image:
+    """One of 64 pictures: a shape in a colour on black."""
+    image = Image.new("RGB", (side, side), "black")
+    draw, colour = ImageDraw.Draw(image), COLOURS[number % 8]
+    a, b, middle = side // 6, side - side // 6, side // 2
+    box = (a, a, b, b)
+    match SHAPES[number // 8 % 8]:
+        case "circle":
+            draw.ellipse(box, fill=colour)
+        case "square":
+            draw.rectangle(box, fill=colour)
+        case "triangle":
+            draw.polygon([(middle, a), (b, b), (a, b)], fill=colour)
+        case "cross":
+            draw.line((a, a, b, b), fill=colour, width=side // 6)
+            draw.line((a, b, b, a), fill=colour, width=side // 6)
+        case "ring":
+            draw.ellipse(box, outline=colour, width=side // 8)
+        case "bar":
+            draw.rectangle((a, middle - a // 2, b, middle + a // 2), fill=colour)
+        case "diamond":
+            draw.polygon([(middle, a), (b, middle), (middle, b), (a, middle)], fill=colour)
+        case "frame":
+            draw.rectangle(box, outline=colour, width=side // 8)
+    return image
+
+
+def picture_folder(folder: Path, count: int = 8) -> Path:
+    """images/*.png with captions.jsonl: one caption each, the first half in split "train", the rest in "test"."""
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        name = f"images/{number:02d}.png"
+        drawing(number).save(folder / name)
+        row = {"file_name": name, "captions": [f"a {COLOURS[number % 8]} {SHAPES[number // 8 % 8]}"]}
+        lines.append(json.dumps(row | {"split": "train" if number < count // 2 else "test"}) + "\n")
+    (folder / "captions.jsonl").write_text("".join(lines))
+    return folder
+
+
+def question_folder(folder: Path, count: int = 4) -> Path:
+    """Pictures with a question, asked of ten people."""
+    picture_folder(folder, count)
+    lines = [
+        {"file_name": f"images/{n:02d}.png", "question": "which colour?", "answers": [COLOURS[n % 8]] * 10}
+        for n in range(count)
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

@@ -1,0 +1,658 @@
+"""Each task against a slow reference, to the end of what it can learn, stopped and resumed, and on two processes.
+
+Run by torchrun, this file is what the two processes do.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from openblip.config import ConfigError
+from openblip.models.generation import GenerationConfig
+from openblip.train import checkpoint, distributed, log, tasks
+from openblip.train.config import TrainConfig
+from openblip.train.loop import NonFiniteError, fit
+from openblip.train.tasks import (
+    BlipTask,
+    BlipTaskConfig,
+    CaptionTask,
+    ClipTask,
+    FeatureQueue,
+    MomentumTwin,
+    NlvrTask,
+    Task,
+    VqaTask,
+)
+from tests.train import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes longer than the training here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "draw_curves", lambda metrics, picture: picture.write_bytes(b"curves"))
+        yield
+
+
+def doubled(batch: dict) -> dict:
+    """The batch in float64."""
+    is_float = {key: isinstance(value, Tensor) and value.is_floating_point() for key, value in batch.items()}
+    return {key: value.double() if is_float[key] else value for key, value in batch.items()}
+
+
+def trained(task: Task, batch: dict, steps: int, lr: float = 3e-3) -> dict[str, float]:
+    """Train in place on one batch, the rate falling to zero; the losses before each step's end."""
+    weights = [weight for weight in task.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    losses: dict[str, Tensor] = {}
+    for step in range(steps):
+        task.begin_step(step)
+        losses = task(batch)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        schedule.step()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+# --- BLIP pre-training and retrieval against a slow reference -----------------------------------------------
+
+
+def blip_task(*, dropout: float = 0.0, decoder: bool = True, frozen: bool = False, **changes) -> BlipTask:
+    """A task in the middle of its life: weights stirred, a twin that lags behind, a queue of real ids."""
+    torch.manual_seed(0)
+    model = tiny.blip(dropout=dropout, decoder=decoder, freeze_vision=frozen)
+    task = BlipTask(tiny.stir_(model), BlipTaskConfig(**{"queue_size": 6} | changes))
+    tiny.stir_(task.twin, seed=1)
+    return task
+
+
+def reference(task: BlipTask, batch: dict, text_of_image: Tensor, image_of_text: Tensor) -> dict[str, Tensor]:
+    """The losses pair by pair and row by row, each text pass with an image memory of its own.
+
+    Given are the hard negatives, which are random.
+    """
+    model, twin, queue, config = task.model, task.twin, task.queue, task.config
+    ids, mask, image_ids = batch["input_ids"], batch["attention_mask"], batch["image_ids"].tolist()
+    rows, encoder = len(ids), model.text_encoder
+
+    def with_first(token: int, row: int) -> tuple[Tensor, Tensor]:
+        real = int(mask[row].sum())
+        return torch.cat([torch.tensor([token]), ids[row, 1:real]])[None], torch.ones(1, real)
+
+    def embeds(row: int, vision: nn.Module = model.vision) -> Tensor:
+        return (
+            batch["image_embeds"][row, None]
+            if "image_embeds" in batch
+            else vision(batch["pixel_values"][row, None])
+        )
+
+    def features(row: int, of) -> tuple[Tensor, Tensor]:
+        vision = model.vision if of is model or of.vision is None else of.vision
+        image = of.vision_proj(embeds(row, vision)[0, 0])
+        text = of.text_proj(of.text_encoder(*with_first(tiny.CLS, row))[0, 0])
+        return image / image.norm(), text / text.norm()
+
+    with torch.no_grad():
+        teachers = [features(row, twin) for row in range(rows)]
+        image_candidates = [image for image, _ in teachers] + list(queue.images)
+        text_candidates = [text for _, text in teachers] + list(queue.texts)
+    candidate_ids = image_ids + queue.ids.tolist()
+    itc = torch.zeros((), dtype=torch.float64)
+    for row in range(rows):
+        for own, teacher, candidates in zip(
+            features(row, model), teachers[row], (text_candidates, image_candidates)
+        ):
+            predicted = torch.stack([own @ other / model.temperature for other in candidates])
+            believed = (
+                torch.stack([teacher @ other / model.temperature for other in candidates]).detach().exp()
+            )
+            same = [
+                float(candidate_ids[j] == image_ids[row] if config.match_ids else j == row)
+                for j in range(len(candidates))
+            ]
+            for j, truth in enumerate(same):
+                target = task.alpha * believed[j] / believed.sum() + (1 - task.alpha) * truth / sum(same)
+                itc = itc - target * (predicted[j] - predicted.exp().sum().log()) / (2 * rows)
+
+    def matching(image: int, text: int, label: int) -> Tensor:
+        states = encoder(*with_first(tiny.ENC, text), encoder.memory(embeds(image)))
+        return F.cross_entropy(model.itm_head(states[:, 0]), torch.tensor([label]))
+
+    itm = [matching(row, row, 1) for row in range(rows)]
+    for row in range(rows):
+        itm.append(matching(row, int(text_of_image[row]), 0))
+        itm.append(matching(int(image_of_text[row]), row, 0))
+    losses = {"itc": itc, "itm": torch.stack(itm).mean()}
+    if model.config.decoder:
+        decoder, spoken = model.text_decoder, []
+        for row in range(rows):
+            words, real = with_first(tiny.DEC, row)
+            states = decoder(words, real, decoder.memory(embeds(row)), causal=True)
+            logits = model.lm_head(states[0, :-1], decoder.embeddings.word.weight).log_softmax(dim=1)
+            smooth = config.label_smoothing
+            for place, label in enumerate(words[0, 1:].tolist()):
+                spoken.append(-(1 - smooth) * logits[place, label] - smooth * logits[place].mean())
+        losses["lm"] = torch.stack(spoken).mean()
+    return losses
+
+
+def recorded_draws(patch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(similarity, forbidden, index) of every draw of hard negatives from now on."""
+    draws: list[tuple[Tensor, Tensor, Tensor]] = []
+    draw = tasks.hard_negatives
+
+    def recording(similarity: Tensor, forbidden: Tensor, **options):
+        index, exists = draw(similarity, forbidden, **options)
+        draws.append((similarity.detach(), forbidden, index))
+        return index, exists
+
+    patch.setattr(tasks, "hard_negatives", recording)
+    return draws
+
+
+STAGES = {
+    "pretrain": {},
+    "retrieval": {"decoder": False, "match_ids": True, "negative_floor": 0.0},
+    "frozen tower": {"frozen": True, "match_ids": True},
+    "local negatives": {"negatives": "local"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_blip_losses_and_gradients_equal_a_reference_that_projects_images_anew_each_time(stage, monkeypatch):
+    task = blip_task(**STAGES[stage], alpha_ramp_steps=10).double()
+    batch = doubled(tiny.pairs(5))
+    batch["image_ids"] = torch.tensor([7, 8, 7, 9, 10])  # two captions of one picture
+    task.queue.ids.copy_(torch.tensor([9, -100, 7, 55, 8, -100]))
+    if stage == "frozen tower":
+        with torch.no_grad():
+            batch["image_embeds"] = task.model.vision(batch.pop("pixel_values"))
+    task.begin_step(5)
+    draws = recorded_draws(monkeypatch)
+    queue = FeatureQueue(6, 16).double()
+    queue.load_state_dict(task.queue.state_dict())
+
+    losses = task(batch)
+    (sim_i2t, forbidden, text_of_image), (sim_t2i, _, image_of_text) = draws
+    torch.stack(list(losses.values())).sum().backward()
+    gradients = {name: weight.grad for name, weight in task.named_parameters()}
+
+    task.zero_grad(set_to_none=True)
+    task.queue = queue  # as it was before the step
+    wanted = reference(task, batch, text_of_image, image_of_text)
+    torch.stack(list(wanted.values())).sum().backward()
+    assert losses.keys() == wanted.keys() == {"itc", "itm"} | ({"lm"} if task.model.config.decoder else set())
+    for name, loss in wanted.items():
+        assert loss.item() == pytest.approx(losses[name].item(), abs=1e-10)
+    for name, weight in task.named_parameters():
+        assert (weight.grad is None) == (gradients[name] is None), name
+        if weight.grad is not None:
+            torch.testing.assert_close(
+                gradients[name], weight.grad, atol=1e-10, rtol=1e-9, msg=lambda m: f"{name}: {m}"
+            )
+
+    same = torch.tensor([[a == b for b in (7, 8, 7, 9, 10)] for a in (7, 8, 7, 9, 10)])
+    assert torch.equal(forbidden, same) and sim_i2t.shape == sim_t2i.shape == (5, 5)
+    for index in (text_of_image, image_of_text):
+        assert not same[torch.arange(5), index].any()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    found = []
+    for enabled in (False, True):
+        task = blip_task().double()
+        task.set_grad_checkpointing(enabled)
+        task.begin_step(0)
+        torch.stack(list(task(doubled(tiny.pairs(4))).values())).sum().backward()
+        found.append(
+            {name: weight.grad for name, weight in task.named_parameters() if weight.grad is not None}
+        )
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-12, rtol=0)
+
+
+def test_one_pair_has_no_negative_and_trains_all_the_same():
+    task, batch = blip_task(), tiny.pairs(1)
+    task.begin_step(0)
+    losses = task(batch)
+    memory = task.model.memory(task.model.encode_image(batch["pixel_values"]))
+    logits = task.model.itm_logits(memory, batch["input_ids"], batch["attention_mask"])
+    wanted = F.cross_entropy(logits, torch.tensor([1]))
+    torch.testing.assert_close(losses["itm"], wanted)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in task.parameters() if weight.grad is not None)
+
+
+def test_pairs_of_one_picture_only_have_no_negative_either():
+    task, batch = blip_task(match_ids=True), tiny.pairs(3)
+    batch["image_ids"] = torch.full((3,), 4)
+    task.begin_step(0)
+    memory = task.model.memory(task.model.encode_image(batch["pixel_values"]))
+    logits = task.model.itm_logits(memory, batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(task(batch)["itm"], F.cross_entropy(logits, torch.ones(3, dtype=torch.long)))
+
+
+def test_draws_depend_on_seed_and_step_alone(monkeypatch):
+    draws = recorded_draws(monkeypatch)
+    for seed, step in ((0, 3), (0, 3), (0, 4), (1, 3)):
+        task = blip_task(seed=seed, momentum=1.0)
+        torch.manual_seed(step + seed)  # the global state has no say
+        task.begin_step(step)
+        task(tiny.pairs(16))
+    first, again, other_step, other_seed = (
+        torch.cat([draws[2 * k][2], draws[2 * k + 1][2]]) for k in range(4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other_step) and not torch.equal(first, other_seed)
+
+
+# --- twin, queue, ramp, temperature -------------------------------------------------------------------------
+
+
+def test_queue_replaces_its_oldest_entries_and_wraps():
+    queue = FeatureQueue(5, 2)
+    noise = queue.images.clone(), queue.texts.clone()
+    assert queue.ids.tolist() == [-100] * 5
+    assert torch.allclose(noise[0].norm(dim=1), torch.ones(5)) and not torch.equal(*noise)
+
+    def push(*ids: int) -> None:
+        values = torch.tensor(ids, dtype=torch.float32)[:, None].expand(-1, 2)
+        queue.push_(values, -values, torch.tensor(ids))
+
+    push(1, 2)
+    assert queue.ids.tolist() == [1, 2, -100, -100, -100] and queue.pointer.item() == 2
+    assert torch.equal(queue.images[2:], noise[0][2:]) and torch.equal(queue.texts[2:], noise[1][2:])
+    push(3, 4)
+    push(5, 6)
+    assert queue.ids.tolist() == [6, 2, 3, 4, 5] and queue.pointer.item() == 1
+    assert queue.images[:, 0].tolist() == [6, 2, 3, 4, 5] and queue.texts[:, 1].tolist() == [
+        -6,
+        -2,
+        -3,
+        -4,
+        -5,
+    ]
+    push(*range(10, 17))  # more than it holds: the last ones stay, and the place goes on counting
+    assert sorted(queue.ids.tolist()) == [12, 13, 14, 15, 16] and queue.pointer.item() == 3
+    assert queue.images[:, 0].tolist() == queue.ids.tolist()
+    push(20)
+    assert 12 not in queue.ids.tolist(), "the oldest went first"
+
+
+def test_a_step_pushes_the_twins_features_and_evaluation_none():
+    task, batch = blip_task(), tiny.pairs(4)
+    task.begin_step(0)
+    images, texts = task.twin.features(batch, batch["input_ids"])
+    task.eval()
+    task(batch)
+    assert task.queue.pointer.item() == 0
+    task.train()
+    task(batch)
+    assert torch.equal(task.queue.images[:4], images) and torch.equal(task.queue.texts[:4], texts)
+    assert task.queue.ids.tolist() == [0, 1, 2, 3, -100, -100]
+
+
+def test_without_a_queue_the_batch_is_all_there_is():
+    task = blip_task(queue_size=0)
+    task.begin_step(0)
+    assert task(tiny.pairs(4))["itc"].isfinite()
+
+
+def test_soft_targets_ramp_up():
+    task = blip_task(alpha=0.4, alpha_ramp_steps=10)
+    found = []
+    for step in (0, 5, 10, 99):
+        task.begin_step(step)
+        found.append(task.alpha)
+    assert found == pytest.approx([0.0, 0.2, 0.4, 0.4])
+    at_once = blip_task(alpha=0.4)
+    at_once.begin_step(0)
+    assert at_once.alpha == 0.4
+
+
+@pytest.mark.parametrize("value, wanted", [(9.0, 0.5), (-1.0, 0.001), (0.07, 0.07)])
+def test_temperature_is_kept_in_its_bounds(value, wanted):
+    task = blip_task()
+    task.model.temperature.data.fill_(value)
+    task.begin_step(0)
+    assert task.model.temperature.item() == pytest.approx(wanted)
+
+
+def test_twin_starts_as_a_copy_and_follows_by_the_formula():
+    torch.manual_seed(0)
+    model = tiny.blip(dropout=0.1)
+    task = BlipTask(model, BlipTaskConfig(queue_size=4, momentum=0.9))
+    followed = {name: model.get_parameter(name).detach().clone() for name, _ in task.twin.named_parameters()}
+    assert {name.split(".")[0] for name in followed} == {"vision", "text_encoder", "vision_proj", "text_proj"}
+    assert not any("cross_attention" in name for name in followed)
+    for step in range(3):
+        tiny.stir_(model, seed=step)
+        followed = {
+            name: 0.9 * old + 0.1 * model.get_parameter(name).detach() for name, old in followed.items()
+        }
+        task.begin_step(step)
+    for name, wanted in followed.items():
+        torch.testing.assert_close(task.twin.get_parameter(name).detach(), wanted, atol=1e-6, rtol=0)
+
+
+def test_no_gradient_reaches_the_twin_or_the_queue():
+    task = blip_task(dropout=0.1).train()
+    assert not any(module.training for module in task.twin.modules()), "a teacher drops nothing"
+    task.begin_step(0)
+    torch.stack(list(task(tiny.pairs(4)).values())).sum().backward()
+    assert all(weight.grad is None and not weight.requires_grad for weight in task.twin.parameters())
+    assert not any(buffer.requires_grad for buffer in task.queue.buffers())
+    missing = [name for name, weight in task.model.named_parameters() if weight.grad is None]
+    assert missing == [], "and every weight of the model gets one"
+
+
+def test_a_frozen_tower_has_no_twin_and_no_gradient():
+    task = blip_task(frozen=True)
+    assert MomentumTwin(task.model).vision is None
+    task.begin_step(0)
+    torch.stack(list(task(tiny.pairs(4)).values())).sum().backward()
+    assert all(weight.grad is None for weight in task.model.vision.parameters())
+
+
+def test_pretrained_text_may_learn_slower_than_fresh_parts():
+    task = blip_task(text_lr_scale=0.3)
+    scales = {name: task.lr_scale(name) for name, _ in task.named_parameters()}
+    slow = {name for name, scale in scales.items() if scale == 0.3}
+    assert {scale for scale in scales.values()} == {0.3, 1.0}
+    assert all("text_encoder" in name or "text_decoder" in name for name in slow)
+    assert "model.text_encoder.embeddings.word.weight" in slow
+    assert not any("cross_attention" in name or "proj" in name or "head" in name for name in slow)
+
+
+@pytest.mark.parametrize("wrong", [{"negatives": "all"}, {"momentum": 1.5}, {"alpha": -0.1}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        BlipTaskConfig(**wrong)
+
+
+# --- the other tasks against one sample at a time -----------------------------------------------------------
+
+
+def test_caption_loss_is_the_mean_over_labelled_tokens_of_captions_alone():
+    model, batch = tiny.stir_(tiny.blip(encoder=False)).double(), doubled(tiny.prompted(4))
+    losses = []
+    for row in range(4):
+        real = int(batch["attention_mask"][row].sum())
+        ids = batch["input_ids"][row, None, :real].clone()
+        ids[0, 0] = tiny.DEC
+        memory = model.text_decoder.memory(model.vision(batch["pixel_values"][row, None]))
+        logits = model.lm_logits(model.text_decoder(ids, None, memory, causal=True))[0]
+        for place in range(2, real):  # behind [DEC] and the word of the prompt
+            losses.append(F.cross_entropy(logits[place - 1], ids[0, place], label_smoothing=0.1))
+    torch.testing.assert_close(
+        CaptionTask(model)(batch)["lm"], torch.stack(losses).mean(), atol=1e-10, rtol=0
+    )
+
+
+def test_vqa_loss_is_that_of_every_answer_alone():
+    model, batch = tiny.stir_(tiny.vqa()).double(), doubled(tiny.questions(4))
+    total = 0.0
+    for answer, question in enumerate(batch["answer_question"].tolist()):
+        asked, said = (
+            batch[f"{kind}"][row, None, : int(batch[mask][row].sum())]
+            for kind, mask, row in (
+                ("input_ids", "attention_mask", question),
+                ("answer_ids", "answer_mask", answer),
+            )
+        )
+        embeds = model.encode_image(batch["pixel_values"][question, None])
+        logits = model.lm_logits(model.lm_states(model.question_memory(embeds, asked), said))[0]
+        loss = F.cross_entropy(logits[:-1], said[0, 1:], label_smoothing=0.1, reduction="sum")
+        total += batch["answer_weights"][answer] * loss
+    assert len(batch["answer_question"]) == 6
+    torch.testing.assert_close(VqaTask(model)(batch)["lm"], total / 4, atol=1e-10, rtol=0)
+
+
+def test_nlvr_loss_is_that_of_every_pair_alone():
+    model, batch = tiny.stir_(tiny.nlvr()).double(), doubled(tiny.statements(4))
+    losses = []
+    for row in range(4):
+        real = int(batch["attention_mask"][row].sum())
+        memory = model.memory(model.encode_image(batch["pixel_values"][[row, 4 + row]]))
+        logits = model.logits(memory, batch["input_ids"][row, None, :real])
+        losses.append(F.cross_entropy(logits, batch["labels"][row, None]))
+    torch.testing.assert_close(NlvrTask(model)(batch)["nlvr"], torch.stack(losses).mean(), atol=1e-10, rtol=0)
+
+
+def test_clip_loss_is_over_all_pairs_of_the_batch():
+    model, batch = tiny.stir_(tiny.clip()).double(), doubled(tiny.pairs(4))
+    images = torch.cat([model.image_features(model.vision(one[None])) for one in batch["pixel_values"]])
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    texts = torch.cat([model.text_features(ids[None, :n]) for ids, n in zip(batch["input_ids"], lengths)])
+    logits = model.logit_scale.exp() * images @ texts.T
+    wanted = -(logits.log_softmax(0).diag() + logits.log_softmax(1).diag()).mean() / 2
+    torch.testing.assert_close(ClipTask(model)(batch)["itc"], wanted, atol=1e-10, rtol=0)
+
+
+# --- overfitting --------------------------------------------------------------------------------------------
+
+
+def spoken(sequences: Tensor) -> list[list[int]]:
+    return [[token for token in row if token != 0] for row in sequences.tolist()]
+
+
+def written(ids: Tensor, start: int) -> list[list[int]]:
+    return [[token for token in row if token != 0] for row in ids[:, start:].tolist()]
+
+
+def assert_captions_come_back(model, batch: dict, prompt: int) -> None:
+    model.eval()
+    with torch.no_grad():
+        embeds = model.encode_image(batch["pixel_values"])
+        for beams in (1, 3):
+            config = GenerationConfig(num_beams=beams, max_new_tokens=8)
+            found = model.generate(model.decoder_memory(embeds), batch["input_ids"][:, :prompt], config)
+            assert spoken(found.sequences) == written(batch["input_ids"], prompt)
+
+
+def test_clip_learns_eight_pairs():
+    task, batch = ClipTask(tiny.clip()), tiny.pairs()
+    assert trained(task, batch, 60)["itc"] < 0.01
+
+
+def assert_retrieval_is_perfect(model, batch: dict) -> None:
+    """By cosine, and by the matching head over all 64 pairs."""
+    model.eval()
+    everyone = torch.arange(8)
+    with torch.no_grad():
+        embeds = model.encode_image(batch["pixel_values"])
+        texts = model.text_features(batch["input_ids"], batch["attention_mask"])
+        cosines = model.image_features(embeds) @ texts.T
+        memory = model.encoder_memory(embeds)
+        logits = model.itm_logits(
+            memory, batch["input_ids"].repeat(8, 1), batch["attention_mask"].repeat(8, 1)
+        )
+        matches = logits.softmax(dim=1)[:, 1].view(8, 8)
+    for scores in (cosines, matches):
+        assert torch.equal(scores.argmax(dim=0), everyone) and torch.equal(scores.argmax(dim=1), everyone)
+    assert (matches.diag() > 0.5).all() and (matches > 0.5).sum() == 8
+
+
+def test_pretraining_learns_eight_pairs():
+    torch.manual_seed(1)
+    config = BlipTaskConfig(queue_size=16, match_ids=True, alpha=0.0, momentum=0.9, label_smoothing=0.0)
+    task, batch = BlipTask(tiny.blip(), config), tiny.pairs()
+    losses = trained(task, batch, 150)
+    assert losses["itm"] < 0.05 and losses["lm"] < 0.05
+    assert losses["itc"] < 1.2  # three positives share each target: not below log 3 = 1.0986
+    assert_retrieval_is_perfect(task.model, batch)
+    assert_captions_come_back(task.model, batch, prompt=1)
+
+
+def test_retrieval_learns_eight_pairs():
+    torch.manual_seed(1)
+    config = BlipTaskConfig(queue_size=0, match_ids=True, alpha=0.0, momentum=0.9, negative_floor=0.0)
+    task, batch = BlipTask(tiny.blip(decoder=False), config), tiny.pairs()
+    losses = trained(task, batch, 150)
+    assert losses["itc"] < 0.05 and losses["itm"] < 0.05
+    assert_retrieval_is_perfect(task.model, batch)
+
+
+def test_captioning_learns_eight_captions_by_heart():
+    task, batch = CaptionTask(tiny.blip(encoder=False), label_smoothing=0.0), tiny.prompted()
+    assert trained(task, batch, 120)["lm"] < 0.02
+    assert_captions_come_back(task.model, batch, prompt=2)
+
+
+def test_vqa_learns_eight_answers_by_heart():
+    task, batch = VqaTask(tiny.vqa(), label_smoothing=0.0), tiny.questions()
+    once = batch["answer_weights"] >= 0.7  # the answer most people gave
+    for name in ("answer_ids", "answer_mask", "answer_weights", "answer_question"):
+        batch[name] = batch[name][once]
+    assert trained(task, batch, 150)["lm"] < 0.05
+    model = task.model.eval()
+    with torch.no_grad():
+        embeds = model.encode_image(batch["pixel_values"])
+        memory = model.question_memory(embeds, batch["input_ids"], batch["attention_mask"])
+        for beams in (1, 3):
+            found = model.generate(memory, GenerationConfig(num_beams=beams, max_new_tokens=8))
+            assert spoken(found.sequences) == written(batch["answer_ids"], 1)
+
+
+def test_nlvr_learns_eight_judgements():
+    task, batch = NlvrTask(tiny.nlvr()), tiny.statements()
+    assert trained(task, batch, 60)["nlvr"] < 0.02
+
+
+# --- in the loop: stopped and resumed, broken, on two processes ---------------------------------------------
+
+
+class Batches:
+    """Batch number k of 8 samples, or this rank's share of it, with its texts cut to their own longest."""
+
+    def __init__(self, made, shared: bool = False) -> None:
+        self.made, self.shared = made, shared
+
+    def batches(self, start: int):
+        while True:
+            batch = self.made(8, start)
+            if self.shared:
+                share = 8 // distributed.world_size()
+                rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+                batch = {key: value[rows] for key, value in batch.items()}
+                longest = int(batch["attention_mask"].sum(dim=1).max())
+                batch |= {key: batch[key][:, :longest] for key in ("input_ids", "attention_mask")}
+            yield batch
+            start += 1
+
+
+def settings(steps: int, **changes) -> TrainConfig:
+    constant = {"lr": 1e-3, "schedule": "constant", "log_every": 1, "save_every": None}
+    return TrainConfig(max_steps=steps, batch_size=8, **constant | changes)
+
+
+def retrieval(seed: int) -> Task:
+    torch.manual_seed(seed)
+    config = BlipTaskConfig(
+        queue_size=20, match_ids=True, negatives="local", momentum=0.9, alpha_ramp_steps=4
+    )
+    return BlipTask(tiny.blip(dropout=0.1, decoder=False), config)
+
+
+def pretraining(seed: int) -> Task:
+    torch.manual_seed(seed)
+    config = BlipTaskConfig(queue_size=20, momentum=0.9, alpha_ramp_steps=4)
+    return BlipTask(tiny.blip(dropout=0.1, vision=tiny.vision(drop_path_rate=0.1)), config)
+
+
+RESUMED = {
+    "clip": (lambda seed: ClipTask(tiny.clip()), tiny.pairs, 1),
+    "pretrain": (pretraining, tiny.pairs, 2),
+    "retrieval": (retrieval, tiny.pairs, 1),
+    "caption": (lambda seed: CaptionTask(tiny.blip(encoder=False, dropout=0.1)), tiny.prompted, 1),
+    "vqa": (lambda seed: VqaTask(tiny.vqa(dropout=0.1)), tiny.questions, 1),
+    "nlvr": (lambda seed: NlvrTask(tiny.nlvr(dropout=0.1)), tiny.statements, 1),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_in_two_parts_is_bitwise_the_run_in_one(name, tmp_path):
+    build, made, accumulate = RESUMED[name]
+    whole = fit(build(0), Batches(made), settings(5, accumulate=accumulate), tmp_path / "whole")
+    fit(build(0), Batches(made), settings(2, accumulate=accumulate), tmp_path / "parts")
+    parts = fit(build(1), Batches(made), settings(5, accumulate=accumulate), tmp_path / "parts")
+    assert whole.step == parts.step == 5 and whole.losses == parts.losses
+    for file in ("model", "optimizer", "rng"):
+        one, two = (load_file(result.checkpoint / f"{file}.safetensors") for result in (whole, parts))
+        assert one.keys() == two.keys()
+        assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    if name in ("pretrain", "retrieval"):
+        kept = load_file(parts.checkpoint / "model.safetensors")
+        assert {"queue.images", "queue.texts", "queue.ids", "queue.pointer"} <= kept.keys()
+        assert kept["queue.pointer"].item() == 5 * 8 * accumulate % 20
+        assert any(key.startswith("twin.text_encoder.") for key in kept)
+
+
+def test_a_broken_picture_is_named_by_the_finite_guard(tmp_path):
+    def broken(rows: int, seed: int) -> dict:
+        batch = tiny.pairs(rows, seed)
+        batch["pixel_values"][3] = float("nan")
+        return batch
+
+    with pytest.raises(NonFiniteError, match="loss itc is nan"):
+        fit(pretraining(0), Batches(broken), settings(1), tmp_path)
+    assert "0/3" in (tmp_path / "bad_batch.json").read_text()
+
+
+def shared_task(name: str) -> BlipTask:
+    torch.manual_seed(distributed.rank())  # DDP begins with the weights of rank 0
+    config = BlipTaskConfig(queue_size=20, match_ids=name == "retrieval", momentum=0.9, alpha_ramp_steps=2)
+    return BlipTask(tiny.blip(decoder=name == "pretrain"), config)
+
+
+def losses_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["losses"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("pretrain", "retrieval"):
+        alone = shared_task(name)
+        fit(alone, Batches(tiny.pairs, shared=True), settings(3), tmp_path / "one" / name)
+        one, two = losses_of(tmp_path / "one" / name), losses_of(tmp_path / "two" / name)
+        assert len(one) == len(two) == 3
+        for a, b in zip(one, two):
+            assert a == pytest.approx(b, abs=1e-5)
+        weights = load_file(checkpoint.latest(tmp_path / "two" / name) / "model.safetensors")
+        assert torch.equal(weights["queue.ids"], alone.queue.ids)
+        torch.testing.assert_close(weights["queue.images"], alone.queue.images, atol=1e-4, rtol=0)
+
+
+if __name__ == "__main__":
+    distributed.init_from_env()
+    log.draw_curves = lambda metrics, picture: None
+    for stage in ("pretrain", "retrieval"):
+        fit(
+            shared_task(stage),
+            Batches(tiny.pairs, shared=True),
+            settings(3),
+            Path(sys.argv[1]) / "two" / stage,
+        )
+    distributed.shutdown()
