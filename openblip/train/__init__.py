@@ -1,0 +1,1 @@
+"""Training: one loop for every stage, with losses, tasks, optimizer, checkpoints, ranks and log."""

@@ -1,0 +1,114 @@
+"""The losses of the line, as functions of tensors: ITC, ITM's hard negatives, LM, CLIP's contrastive loss.
+
+Shapes: B pairs of this rank, M candidates (all pairs of the global batch, then the queue), P projection
+width, L tokens, V vocabulary, K labelled positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def positive_pairs(ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Which candidates show the same image: ids [B], candidate_ids [M] -> [B, M], True for a positive."""
+    return ids[:, None] == candidate_ids[None, :]
+
+
+def soft_targets(similarity: Tensor, positives: Tensor, alpha: float) -> Tensor:
+    """ITC targets [B, M]: α · what the momentum encoder believes + (1 − α) · the truth (ALBEF eq. 6, BLIP
+    §3.2).
+
+    similarity [B, M]: the momentum features' cosines over the temperature. positives [B, M] bool; several
+    positives of a row share its weight.
+    """
+    truth = positives.to(similarity.dtype)
+    truth = truth / truth.sum(dim=1, keepdim=True)
+    return alpha * similarity.softmax(dim=1) + (1 - alpha) * truth
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows of −Σ targets · log softmax(logits); both [B, M]."""
+    return -(targets * F.log_softmax(_wide(logits), dim=1)).sum(dim=1).mean()
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE (Radford et al. 2021, fig. 3) of normalised features [B, P], B the global batch."""
+    logits = _wide(scale * image_features @ text_features.T)
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def hard_negatives(
+    similarity: Tensor, forbidden: Tensor, *, floor: float = 1e-4, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """One negative per row, drawn in proportion to softmax(similarity) + floor (BLIP §3.2).
+
+    similarity [B, M] over the temperature; forbidden [B, M], True for own pairs and pairs of the same image.
+    Returns (index [B], exists [B]). When softmax and floor leave nothing to draw from, the draw is uniform
+    over
+    what is allowed; a row in which everything is forbidden has no negative: `exists` is False and its index
+    is only there to keep the shape. Similarities that are not finite draw like zeros: it is the losses' part to
+    say that something broke.
+    """
+    weights = similarity.detach().float().softmax(dim=1).nan_to_num(0) + floor
+    weights = weights.masked_fill(forbidden, 0)
+    empty = weights.sum(dim=1, keepdim=True) <= 0
+    weights = torch.where(empty, (~forbidden).float(), weights)
+    exists = (~forbidden).any(dim=1)
+    weights = torch.where(exists[:, None], weights, torch.ones_like(weights))
+    return torch.multinomial(weights, 1, generator=generator).squeeze(1), exists
+
+
+def itm_loss(logits: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Matching cross-entropy over the rows where `counted` [R]: (its sum, how many they are).
+
+    logits [R, 2], labels [R] (1 = match). Uncounted rows are those for which no negative exists.
+    """
+    losses = F.cross_entropy(_wide(logits), labels, reduction="none")
+    return (losses * counted).sum(), counted.sum().float()
+
+
+def next_token_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Labels [B, L] of a text itself: its ids, −100 on padding."""
+    return input_ids.masked_fill(attention_mask == 0, -100)
+
+
+def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a decoder must predict, so that logits are made nowhere else.
+
+    labels [B, L] aligned with the input -> (positions [B, L - 1] bool over states[:, :-1], their labels [K]).
+    """
+    following = labels[:, 1:]
+    wanted = following != -100
+    return wanted, following[wanted]
+
+
+def lm_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits [K, V] with label smoothing: (its sum over the K labels, how many they are).
+
+    The mean is left to the caller, because ranks hold different numbers of tokens.
+    """
+    total = F.cross_entropy(_wide(logits), labels, label_smoothing=smoothing, reduction="sum")
+    return total, torch.tensor(float(len(labels)), device=logits.device)
+
+
+def vqa_loss(
+    logits: Tensor, labels: Tensor, rows: Tensor, weights: Tensor, questions: int, *, smoothing: float = 0.1
+) -> Tensor:
+    """Σ over answers of weight · summed token loss, over the number of questions (BLIP's VQA code).
+
+    logits [K, V], labels [K], rows [K]: the answer each label belongs to, weights [R] of the answers.
+    """
+    losses = F.cross_entropy(_wide(logits), labels, label_smoothing=smoothing, reduction="none")
+    return (losses * weights[rows]).sum() / questions
+
+
+@torch.no_grad()
+def momentum_update_(twin: list[Tensor], online: list[Tensor], momentum: float) -> None:
+    """twin ← momentum · twin + (1 − momentum) · online, in place, tensor by tensor (MoCo)."""
+    torch._foreach_lerp_(twin, online, 1 - momentum)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: bfloat16 logits have too few digits for a softmax over many."""
+    return logits if logits.dtype is torch.float64 else logits.float()
