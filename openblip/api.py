@@ -35,8 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Match:
-    """How well text and image go together: P(match) of the ITM head, cosine of the ITC features; arrays
-    [B]."""
+    """How well text and image go together: P(match) of the ITM head, cosine of the ITC features; arrays [B]."""
 
     probability: np.ndarray
     cosine: np.ndarray
@@ -115,6 +114,8 @@ class Pipeline:
         config = generation_config({"num_beams": beams, "max_new_tokens": 20, **generation})
         single, images = _listed(images)
         seeds = list(seeds) if seeds is not None else row_seeds(config.seed, len(images))
+        if len(seeds) != len(images):
+            raise UserError(f"caption: {len(images)} images but {len(seeds)} seeds; give one per image")
         captions: list[list[str]] = []
         for embeds, part in self.encoded(images):
             captions += self.caption_embeds(embeds, prompt, config, seeds[part])
@@ -125,21 +126,29 @@ class Pipeline:
         """The caption of one image, piece by piece as it is written (greedy or sampled, no beams)."""
         self._needs(Blip, "decoder", "captioning")
         config = generation_config({"num_beams": 1, "max_new_tokens": 20, **generation})
+        return self._pieces(image, prompt, config)
+
+    @torch.inference_mode()  # around each step of the generator, not around what the caller does in between
+    def _pieces(self, image: Image, prompt: str | None, config: GenerationConfig) -> Iterator[str]:
         text = self.model.config.text
-        with torch.inference_mode():
-            embeds, _ = next(self.encoded([image]))
-            prompt_ids = self._prompt_ids(prompt, 1)
-            prompt_ids[:, 0] = text.dec_token_id
-            step = self.model.decoding_step(self.model.decoder_memory(embeds))
-            ids: list[int] = []
-            said = ""
-            for token in stream(
-                step, prompt_ids, config, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id
-            ):
-                ids.append(int(token[0]))
-                now = self.tokenizer.decode(ids)
-                yield now[len(said) :]
-                said = now
+        embeds, _ = next(self.encoded([image]))
+        prompt_ids = self._prompt_ids(prompt, 1)
+        prompt_ids[:, 0] = text.dec_token_id
+        step = self.model.decoding_step(self.model.decoder_memory(embeds))
+        ids: list[int] = []
+        said = ""
+        for token in stream(
+            step,
+            prompt_ids,
+            config,
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            seeds=row_seeds(config.seed, 1),
+        ):
+            ids.append(int(token[0]))
+            now = self.tokenizer.decode(ids)
+            yield now[len(said) :]
+            said = now
 
     def match(
         self, images: Image | Sequence[Image], texts: str | Sequence[str] | Sequence[Sequence[str]]
@@ -150,8 +159,10 @@ class Pipeline:
         """
         self._needs(Blip, "encoder", "matching")
         single, images = _listed(images)
+        if not images:
+            raise UserError("match: no image given")
         given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
-        if single and given and isinstance(given[0], str):
+        if single and (not given or isinstance(given[0], str)):
             given = [given]
         elif len(given) == 1 and len(images) > 1:
             given = given * len(images)
@@ -188,6 +199,8 @@ class Pipeline:
             raise UserError(
                 f"answer: {len(images)} images but {len(questions)} questions; give one per image"
             )
+        if answers is not None and not answers:
+            raise UserError("answer: `answers` is an empty list; give the answers to choose from, or None")
         beams = 1 if generation.get("do_sample") else 3
         config = generation_config(
             {"num_beams": beams, "max_new_tokens": 9, "min_new_tokens": 1, **generation}
@@ -213,27 +226,34 @@ class Pipeline:
         """
         self._needs((Blip, Clip), "encoder", "embedding")
         single, images = _listed(images)
+        if not images:
+            return np.zeros((0, self._width), np.float32)
         with torch.inference_mode():
             parts = [self.model.image_features(embeds).float().cpu() for embeds, _ in self.encoded(images)]
         vectors = torch.cat(parts).numpy()
         return vectors[0] if single else vectors
 
     def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
-        """float32 [R, P] ([P] for one text): [CLS] projected and L2-normalised (CLIP: the end-of-text
-        token)."""
+        """float32 [R, P] ([P] for one text): [CLS] projected and L2-normalised (CLIP: the end-of-text token)."""
         self._needs((Blip, Clip), "encoder", "embedding")
         single, texts = (True, [texts]) if isinstance(texts, str) else (False, list(texts))
+        if not texts:
+            return np.zeros((0, self._width), np.float32)
         vectors = np.concatenate(
             [self._text_features(texts[i : i + 64]).float().cpu().numpy() for i in range(0, len(texts), 64)]
         )
         return vectors[0] if single else vectors
 
     def localize(self, image: Image, text: str, *, layer: int | None = None) -> Localization:
-        """Where the ITM head looks for each token of the text: Grad-CAM of cross-attention (see
-        `models.localize`)."""
+        """Where the ITM head looks for each token of the text: Grad-CAM of cross-attention (see `models.localize`)."""
         self._needs(Blip, "encoder", "localisation")
         picture = open_image(image)
         tokens = self.tokens([clean_caption(text)])
+        depth = self.model.config.text.num_hidden_layers
+        if tokens["input_ids"].shape[1] < 3:
+            raise UserError(f"localize: there is no word in {text!r}")
+        if layer is not None and not 0 <= layer < depth:
+            raise UserError(f"localize: layer {layer}; the text encoder has layers 0 to {depth - 1}")
         pixel_values = self.transform(picture)[None].to(self.device, self.dtype)
         patch = self.model.config.vision.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
@@ -251,8 +271,7 @@ class Pipeline:
     # ---------------------------------
 
     def encoded(self, images: Sequence[Image]) -> Iterator[tuple[Tensor, slice]]:
-        """(image_embeds [b, N, D], which images they are) batch by batch; the next batch is decoded
-        meanwhile."""
+        """(image_embeds [b, N, D], which images they are) batch by batch; the next batch is decoded meanwhile."""
 
         def pixels(part: slice) -> Tensor:
             return torch.stack([self.transform(open_image(one)) for one in images[part]])
@@ -282,8 +301,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def match_embeds(self, embeds: Tensor, texts: Sequence[Sequence[str]]) -> Match:
-        """texts: k of them for each of image_embeds [b, N, D] -> arrays [b, k]. The image is projected
-        once."""
+        """texts: k of them for each of image_embeds [b, N, D] -> arrays [b, k]. The image is projected once."""
         flat = [clean_caption(text) for row in texts for text in row]
         tokens = self.tokens(flat)
         shape = (len(texts), -1)
@@ -297,8 +315,7 @@ class Pipeline:
         return Match(probability.cpu().numpy(), cosine.float().cpu().numpy())
 
     def match_ragged(self, embeds: Tensor, texts: Sequence[Sequence[str]]) -> list[Match]:
-        """`match_embeds` for images with different numbers of texts: one Match per image, arrays of its
-        length."""
+        """`match_embeds` for images with different numbers of texts: one Match per image, arrays of its length."""
         width = max(len(row) for row in texts)
         padded = [[*row, *[""] * (width - len(row))] for row in texts]
         found = self.match_embeds(embeds, padded)
@@ -342,6 +359,8 @@ class Pipeline:
 
 def row_seeds(seed: int | None, count: int) -> list[int]:
     """One seed per row, a function of (seed, row); fresh ones when seed is None."""
+    if seed is not None and seed < 0:
+        raise UserError(f"seed {seed}: must be 0 or more")
     sequence = np.random.SeedSequence(seed)
     return [int(value) for value in sequence.generate_state(count, np.uint64) >> np.uint64(1)]
 

@@ -5,6 +5,7 @@ A user's mistake is one line on standard error and exit code 2; `--json` prints 
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,8 @@ def capfilt(
     source = open_source(str(data), split=split)
     result = engine.run(worker, source, out, batch_size=batch_size)
     extra = open_source(str(human)) if human else None
+    for written in (out / "parquet", out / "webdataset"):  # by this command before, perhaps at another threshold
+        shutil.rmtree(written, ignore_errors=True)
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
         rule = {"rule": "top_k", "k": top_k}
@@ -249,7 +252,8 @@ def search(
     from openblip.search.scan import scan
 
     bad = BadRows()
-    found = scan(load(model), open_source(str(data), split=split), query, top=top, rerank=rerank, bad=bad)
+    source = open_source(str(data), split=split, require_captions=False)
+    found = scan(load(model), source, query, top=top, rerank=rerank, bad=bad)
     _answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
     if bad.total:
         print(f"{bad.total} rows could not be read: {dict(bad.counts)}", file=sys.stderr)

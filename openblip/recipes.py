@@ -1,8 +1,8 @@
 """Named training recipes: functions that return a full `Recipe`. A variant calls another and changes fields.
 
-The papers' own recipes are `clip_b16`, `blip_base`, `blip_large` and the fine-tunes below them (BLIP §4.1
-and table 14,
-and the released configs); `small_*` are those that train on a laptop's CPU from real pretrained parts.
+The papers' own recipes are `clip_b16`, `blip_base`, `blip_large` and the fine-tunes below them (BLIP §4.1 and
+table 14, and the released configs); `small_*` are those that train on a laptop's CPU from real pretrained
+parts.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,7 @@ Stage = Literal["clip", "pretrain", "retrieval", "caption", "vqa", "nlvr"]
 
 @dataclass
 class Augment:
-    """Training transform: share of the area a random crop keeps, flips, RandomAugment; crop 0 switches all
-    off."""
+    """Training transform: share of the area a random crop keeps, flips, RandomAugment; crop 0 switches all off."""
 
     crop: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
@@ -37,8 +36,8 @@ class Recipe:
     """One training stage: what is trained, on what kind of rows, and how.
 
     stage: which task. model: geometry of a BLIP model (every stage but "clip"). init: a model folder or hub
-        name
-        whose weights it begins with. vision_init, text_init: real pretrained parts from registry packages.
+        name whose weights it begins with. vision_init, text_init: real pretrained parts from registry
+        packages.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
         (see `train.start`); 0: not at all, as in the papers, whose towers are trained.
@@ -132,8 +131,7 @@ def nlvr2() -> Recipe:
 
 
 def small_pretrain() -> Recipe:
-    """BLIP pre-training that fits two CPU cores: frozen DINOv2 ViT-S/14 at 112 px, text from MiniLM (6 x
-    384)."""
+    """BLIP pre-training that fits two CPU cores: frozen DINOv2 ViT-S/14 at 112 px, text from MiniLM (6 x 384)."""
     text = TextConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, dropout=0.0
     )

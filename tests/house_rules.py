@@ -49,7 +49,6 @@ IMPORTS = [
     ("hub", "config data models convert"),                 # a folder of weights; it trains nothing
     ("api", f"{OPEN} picture"),                            # what a user holds trains nothing
     ("search", f"{USE} search"),                           # an index uses models, it makes none
-    ("serve", f"{USE} search serve"),                      # a server never trains
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end

@@ -12,11 +12,12 @@ import openblip
 from openblip.api import load, row_seeds
 from openblip.config import UserError
 from openblip.models.generation import GenerationConfig
-from tests.parity.peers import blip_config, random_peer
+from tests.parity.peers import ENC, blip_config, random_peer
 from tests.tiny_models import drawing, save_blip, save_clip, save_vqa
 
 TEXTS = ["a red circle", "two dogs in the snow", "the word", "something else entirely, with more words"]
-SAMPLED = {"do_sample": True, "top_p": 0.9, "max_new_tokens": 6}
+SAMPLED = {"do_sample": True, "top_p": 0.9, "temperature": 0.3, "max_new_tokens": 4}
+SHORT = {"max_new_tokens": 4}  # every token is 30,524 logits
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +65,22 @@ def test_openblip_load_is_it():
 
 
 def test_every_form_of_an_image_gives_the_same(blip, vqa, clip, forms):
-    captions = blip.caption(forms)
+    captions = blip.caption(forms, **SHORT)
     assert len(set(captions)) == 1 and captions[0]
     forms[3].seek(0)
     assert np.ptp(blip.embed_images(forms), axis=0).max() < 1e-6
     forms[3].seek(0)
-    assert len(set(vqa.answer(forms, "what is it?"))) == 1
+    assert len(set(vqa.answer(forms, "what is it?", **SHORT))) == 1
     forms[3].seek(0)
     assert np.ptp(clip.embed_images(forms), axis=0).max() < 1e-6
 
 
 def test_one_image_gives_one_result_and_a_list_a_list(blip, vqa, clip, images):
-    assert isinstance(blip.caption(images[0]), str)
-    assert [type(text) for text in blip.caption(images[:1])] == [str]
+    assert isinstance(blip.caption(images[0], **SHORT), str)
+    assert [type(text) for text in blip.caption(images[:1], **SHORT)] == [str]
     assert blip.caption([]) == []
-    assert isinstance(vqa.answer(images[0], "what?"), str) and len(vqa.answer(images[:1], "what?")) == 1
+    assert isinstance(vqa.answer(images[0], "what?", **SHORT), str)
+    assert len(vqa.answer(images[:1], "what?", **SHORT)) == 1
     for model in (blip, clip):
         assert model.embed_images(images[0]).shape == model.embed_texts("one").shape == (8,)
         assert model.embed_images(images[:3]).shape == model.embed_texts(TEXTS[:3]).shape == (3, 8)
@@ -87,12 +89,14 @@ def test_one_image_gives_one_result_and_a_list_a_list(blip, vqa, clip, images):
 
 
 def test_a_batch_gives_what_each_gives_alone(blip, vqa, clip, images):
-    assert blip.caption(images) == [blip.caption(image) for image in images]
-    assert blip.caption(images, num_beams=1) == [blip.caption(image, num_beams=1) for image in images]
-    assert len(set(blip.caption(images))) > 1, "captions differ"
+    for options in (SHORT, {"num_beams": 1, **SHORT}):
+        together = blip.caption(images, **options)
+        assert together == [blip.caption(image, **options) for image in images]
+        assert len(set(together)) > 1, "captions differ"
     questions = ["what is it?", "which colour has the thing in the picture?"] * 3
-    assert vqa.answer(images, questions) == [
-        vqa.answer(image, question) for image, question in zip(images, questions, strict=True)
+    assert vqa.answer(images, questions, **SHORT) == [
+        vqa.answer(image, question, **SHORT)
+        for image, question in zip(images, questions, strict=True)
     ]
     for model in (blip, clip):
         alone = np.stack([model.embed_images(image) for image in images])
@@ -131,22 +135,18 @@ def test_one_seed_gives_each_image_its_own(blip, images):
 
 
 def test_the_prompt_leads_but_is_not_said(blip, images):
-    model = load_with_prompt(blip, "a picture of ")
-    own = model.caption(images)
-    assert own == model.caption(images, "a picture of "), "None is the model's own"
-    assert own != model.caption(images, ""), "an empty one is none"
-    assert own != model.caption(images, "two dogs and")
+    model = blip
+    assert model.info["prompt"] == "a picture of ", "what save_pretrained was told comes back"
+    own = model.caption(images, **SHORT)
+    assert own == model.caption(images, "a picture of ", **SHORT), "None is the model's own"
+    assert own != model.caption(images, "", **SHORT), "an empty one is none"
+    assert own != model.caption(images, "two dogs and", **SHORT)
     ids = torch.tensor([[101, 1037, 3861, 1997]])  # [CLS] a picture of
     with torch.inference_mode():
         embeds = model.model.encode_image(model.transform(images[0])[None])
-        config = GenerationConfig(num_beams=3, max_new_tokens=20)
+        config = GenerationConfig(num_beams=3, **SHORT)
         found = model.model.generate(model.model.decoder_memory(embeds), ids, config)
     assert own[0] == model.tokenizer.decode(found.sequences[0])
-
-
-def load_with_prompt(pipeline, prompt):
-    assert pipeline.info["prompt"] == prompt, "what save_pretrained was told comes back"
-    return pipeline
 
 
 def test_several_captions_of_an_image(blip, images):
@@ -154,26 +154,17 @@ def test_several_captions_of_an_image(blip, images):
     assert [len(texts) for texts in three] == [3, 3] and len(set(three[0])) == 3
     alone = blip.caption(images[0], num_return_sequences=3, seeds=[7], **SAMPLED)
     assert alone == three[0]
-    beams = blip.caption(images[0], num_beams=4, num_return_sequences=2)
-    assert beams[0] == blip.caption(images[0], num_beams=4) and beams[1] != beams[0]
+    beams = blip.caption(images[0], num_beams=4, num_return_sequences=2, **SHORT)
+    assert beams[0] == blip.caption(images[0], num_beams=4, **SHORT) and beams[1] != beams[0]
 
 
 def test_a_stream_says_what_the_greedy_caption_says(blip, images):
-    for image in images:
-        pieces = list(blip.caption_stream(image, max_new_tokens=8))
-        assert "".join(pieces) == blip.caption(image, num_beams=1, max_new_tokens=8)
+    for image in images[:3]:
+        pieces = list(blip.caption_stream(image, max_new_tokens=6))
+        assert "".join(pieces) == blip.caption(image, num_beams=1, max_new_tokens=6)
         assert len(pieces) > 2
     sampled = {**SAMPLED, "seed": 11}
     assert "".join(blip.caption_stream(images[0], **sampled)) == blip.caption(images[0], **sampled)
-
-
-def test_a_stream_joins_what_belongs_together(blip, images, monkeypatch):
-    """WordPiece writes "man's" as man ' s: what was said must not have to be taken back."""
-    said = "a man's hat isn't red , couldn't be"
-    ids = blip.tokenizer([said])["input_ids"][0, 1:]
-    monkeypatch.setattr("openblip.api.stream", lambda *_, **__: iter(ids[:, None]))
-    pieces = list(blip.caption_stream(images[0]))
-    assert "".join(pieces) == blip.tokenizer.decode(ids) and "man's" in "".join(pieces)
 
 
 def test_a_stream_leaves_the_callers_mode_alone(blip, images):
@@ -237,7 +228,7 @@ def test_localize_gives_a_map_for_each_token_and_a_picture(blip, images):
 def test_bf16_loads_runs_and_says_nearly_the_same(folders, blip, images):
     half = load(folders["blip"], dtype="bf16")
     assert half.model.vision_proj.weight.dtype == torch.bfloat16
-    assert all(isinstance(text, str) for text in half.caption(images[:2]))
+    assert all(isinstance(text, str) for text in half.caption(images[:2], **SHORT))
     vectors = half.embed_images(images)
     assert vectors.dtype == np.float32 and np.abs(vectors - blip.embed_images(images)).max() < 0.1
     near = half.match(images[0], TEXTS)
@@ -276,8 +267,10 @@ def test_a_transformers_retrieval_model_matches_as_it_does_there(theirs, images)
     model = load(folder)
     pixel_values = torch.stack([model.transform(image) for image in images[:2]])
     tokens = model.tokenizer(["w3 w5", "w9 w4"])
+    grounded = tokens | {"input_ids": tokens["input_ids"].clone()}
+    grounded["input_ids"][:, 0] = ENC  # as in the paper; there it is the caller's duty
     with torch.no_grad():
-        itm = peer(pixel_values=pixel_values, **tokens).itm_score.softmax(dim=1)[:, 1]
+        itm = peer(pixel_values=pixel_values, **grounded).itm_score.softmax(dim=1)[:, 1]
         itc = peer(pixel_values=pixel_values, **tokens, use_itm_head=False).itm_score
     found = model.match(images[:2], ["w3 w5", "w9 w4"])
     assert found.cosine == pytest.approx(itc.diagonal().numpy(), abs=1e-5)
@@ -288,7 +281,7 @@ def test_a_users_mistake_is_one_useful_line(folders, blip, vqa, clip, images, tm
     captioner, judge = load(folders["captioner"]), load(folders["filter"])
     image = images[0]
     mistakes = [
-        (lambda: blip.caption(image, beams=3), "unknown generation option 'beams'.*num_beams"),
+        (lambda: blip.caption(image, beams=3), "unknown.* .beams..*num_beams"),
         (lambda: blip.caption(image, num_beams=0), "num_beams 0: must be at least 1"),
         (lambda: blip.caption(image, do_sample=True, seed=-1), "seed"),
         (lambda: blip.caption(images, seeds=[1, 2], do_sample=True), "6 images but 2 seeds"),
@@ -298,7 +291,7 @@ def test_a_users_mistake_is_one_useful_line(folders, blip, vqa, clip, images, tm
         (lambda: load(tmp_path / "absent"), "absent: no such folder"),
         (lambda: load(tmp_path), "no config.json in it"),
         (lambda: judge.caption(image), "captioning: .*Blip"),
-        (lambda: list(judge.caption_stream(image)), "captioning: .*Blip"),
+        (lambda: judge.caption_stream(image), "captioning: .*Blip"),
         (lambda: captioner.match(image, "a"), "matching: .*Blip"),
         (lambda: captioner.embed_images(image), "embedding: .*Blip"),
         (lambda: captioner.localize(image, "a"), "localisation: .*Blip"),

@@ -75,7 +75,7 @@ PLANTED = [
     (import_directions, "train/loop.py", "import openblip.models.vit", "train.loop imports models.vit"),
     (import_directions, "train/loop.py", "import openblip.api", "train.loop imports api"),
     (import_directions, "config.py", "import openblip.data.image", "config imports data.image"),
-    (import_directions, "serve/app.py", "import openblip.train.loop", "serve.app imports train.loop"),
+    (import_directions, "search/scan.py", "import openblip.train.loop", "search.scan imports train.loop"),
     (import_directions, "novelty.py", "", "novelty has no line in IMPORTS"),
     (no_cycles, "train/log.py", "def f():\n    import openblip.train.loop", "train.log"),
     (declared_packages, "data/image.py", "import cv2", ":2: cv2 is in no list"),
@@ -117,8 +117,8 @@ SOUND = {
     "train/tasks.py": "from openblip.train import objectives\nimport openblip.models.blip",
     "hub.py": "torch.load(f, weights_only=True)\ndef _f():\n    g(allow_pickle=False)",
     "api.py": "import openblip.hub",
-    "serve/app.py": "import openblip",
-    "cli.py": "import openblip.serve.app\nimport openblip.train.loop",
+    "search/scan.py": "import openblip",
+    "cli.py": "import openblip.search.scan\nimport openblip.train.loop",
 }
 
 

@@ -56,7 +56,7 @@ def write_report(
     known = _known(texts, truth) if truth is not None else None
     if known is not None:
         right, match = known
-        figures["noise"] = filter_scores(1 - match, ~right, 1 - threshold)
+        figures["noise"] = filter_scores(1 - match, ~right, float(np.nextafter(1 - threshold, 2)))
     body = [
         _summary(figures),
         _histograms(texts, threshold, known),

@@ -1,5 +1,6 @@
 """The papers' evaluation protocols over rows: retrieval with ITM rerank, captioning, VQA. Each returns plain
-numbers."""
+numbers.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from openblip.data.rows import Row
 from openblip.data.text import clean_caption
 from openblip.eval.captions import caption_scores
 from openblip.eval.metrics import recall_at
-from openblip.eval.vqa import vqa_accuracy
+from openblip.eval.vqa import exact_match, vqa_accuracy
+from openblip.models.clip import Clip
 
 Embeds = Callable[[Sequence[Row]], Tensor]  # rows -> image_embeds [B, N, D]
 
@@ -43,13 +45,15 @@ def retrieval(
     """Image-to-text and text-to-image recall (BLIP §5.1): {"itc": {...}, "itm": {...}}.
 
     "itc" ranks by cosine alone. "itm" takes the k best by cosine, for each image and for each text, and ranks
-    these by ITM logit + cosine; all else comes last. Every caption of a row is a text. Images are projected
+    these by ITM logit + cosine; all else comes last. CLIP has no ITM head: "itc" is all there is. Every caption of a row is a text. Images are projected
     once for all their candidates.
     """
     texts = [clean_caption(caption) for row in rows for caption in row.captions]
     owner = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
     if not texts or min(len(row.captions) for row in rows) == 0:
         raise UserError("retrieval: every row needs a caption")
+    if rerank and k < 1:
+        raise UserError(f"retrieval: k is at least 1, got {k}")
     model, size = pipeline.model, pipeline.batch_size
     embeds = embeds or from_pictures(pipeline)
     text_features = torch.from_numpy(pipeline.embed_texts(texts))
@@ -59,7 +63,7 @@ def retrieval(
     )
     cosine = image_features @ text_features.T  # [images, texts]
     result: dict[str, Any] = {"itc": recall_at(cosine, owner), "images": len(rows), "texts": len(texts)}
-    if not rerank:
+    if not rerank or isinstance(model, Clip):
         return result
 
     wanted = torch.zeros_like(cosine, dtype=torch.bool)
@@ -84,6 +88,8 @@ def captioning(
     pipeline: Pipeline, rows: Sequence[Row], *, embeds: Embeds | None = None, **generation: Any
 ) -> dict[str, Any]:
     """Captions against each row's own: BLEU-1…4, ROUGE-L, CIDEr-D, and the captions by row id."""
+    if not getattr(pipeline.model.config, "decoder", False):
+        raise UserError(f"captioning: this {type(pipeline.model).__name__} model has no part for it")
     options = {"num_beams": 3, "max_new_tokens": 20, "min_new_tokens": 3, **generation}
     if embeds is None:
         embeds = from_pictures(pipeline)
@@ -99,8 +105,7 @@ def captioning(
 def vqa(
     pipeline: Pipeline, rows: Sequence[Row], *, answers: Sequence[str] | None = None, **generation: Any
 ) -> dict[str, Any]:
-    """VQA accuracy of free answers, or, given `answers`, of the best-ranked one; and the answers, in row
-    order."""
+    """VQA accuracy of free answers, or, given `answers`, of the best-ranked one; and the answers, in row order."""
     asked = [row for row in rows if row.question is not None]
     if not asked:
         raise UserError("vqa: no row has a question")
@@ -108,9 +113,9 @@ def vqa(
         [row.image for row in asked], [str(row.question) for row in asked], answers=answers, **generation
     )
     keys = [str(number) for number in range(len(asked))]
-    accuracy = vqa_accuracy(
-        dict(zip(keys, said, strict=True)), {key: row.answers for key, row in zip(keys, asked, strict=True)}
-    )
+    truth = {key: row.answers for key, row in zip(keys, asked, strict=True)}
+    enough = min(len(answers) for answers in truth.values()) >= 4
+    accuracy = (vqa_accuracy if enough else exact_match)(dict(zip(keys, said, strict=True)), truth)
     return {**accuracy, "answers": list(said)}
 
 

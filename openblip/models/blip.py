@@ -42,8 +42,7 @@ ALL_BUT_SELF_ATTENTION = ("embeddings", "cross_attention", "feed_forward")
 
 @dataclass
 class BlipConfig:
-    """A BLIP model. `share` lists what encoder and decoder have in common; fine-tuned checkpoints share
-    nothing.
+    """A BLIP model. `share` lists what encoder and decoder have in common; fine-tuned checkpoints share nothing.
 
     `encoder` / `decoder` leave a half out: a captioner has no text encoder, a retrieval model no decoder.
     `freeze_vision` keeps the vision tower in eval mode and out of the gradient.
@@ -126,8 +125,8 @@ class Blip(nn.Module):
         return image_embeds.unflatten(0, pixel_values.shape[:2]).flatten(1, 2) if is_video else image_embeds
 
     def image_features(self, image_embeds: Tensor, frames: int = 1) -> Tensor:
-        """image_embeds [B, N, D] -> [B, P]: token 0 projected, L2-normalised. The ITC vector, the one to
-        search with.
+        """image_embeds [B, N, D] -> [B, P]: token 0 projected, L2-normalised. The ITC vector, the one to search
+        with.
 
         With `frames` > 1, the mean of the projected first tokens of all frames, normalised.
         """
@@ -179,8 +178,7 @@ class Blip(nn.Module):
         *,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Decoder states [R, L, D] of input_ids [R, L]; position 0 becomes [DEC] unless the cache holds it
-        already."""
+        """Decoder states [R, L, D] of input_ids [R, L]; position 0 becomes [DEC] unless the cache holds it already."""
         if cache is None or cache.length == 0:
             input_ids = swap_first_token(input_ids, self.config.text.dec_token_id)
         return self.text_decoder(input_ids, attention_mask, memory, causal=True, cache=cache)

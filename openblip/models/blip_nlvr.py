@@ -1,9 +1,8 @@
 """BLIP for NLVR2: is this sentence true of these two images?
 
 Each cross-attention block is twinned: one attention per image, merged by a mean in the lower half of the
-layers
-and by a learned linear map in the upper half (BLIP §5.4 and its released code). Head on the [ENC] state.
-Shapes: B pairs of images, N image tokens, L text tokens, D width.
+layers and by a learned linear map in the upper half (BLIP §5.4 and its released code). Head on the [ENC]
+state. Shapes: B pairs of images, N image tokens, L text tokens, D width.
 """
 
 from dataclasses import dataclass, field

@@ -5,8 +5,8 @@
     [DEC] answer   ─ text_decoder, causal ────────────────────┴─ next word        (BLIP §5.3)
 
 The decoder attends to the question states, so its `encoder_width` is the text width even for ViT-L, and
-encoder
-and decoder share nothing. Shapes: B questions (one image each), R rows of answers, L tokens, C candidates.
+encoder and decoder share nothing. Shapes: B questions (one image each), R rows of answers, L tokens, C
+candidates.
 """
 
 from dataclasses import dataclass, field

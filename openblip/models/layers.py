@@ -35,13 +35,12 @@ def attend(
 ) -> Tensor:
     """softmax(q kᵀ / √d) v. The one place that chooses the kernel.
 
-    q [B, H, L, d]; k, v [B, H, N, d]; mask broadcastable to [B, H, L, N], True where a query may look.
-    With `weights`, the probabilities [B, H, L, N] are appended to that list and stay in the graph (Grad-CAM).
+    q [B, H, L, d]; k, v [B, H, N, d]; mask broadcastable to [B, H, L, N], True where a query may look. With
+    `weights`, the probabilities [B, H, L, N] are appended to that list and stay in the graph (Grad-CAM).
 
     torch's fused kernel, but for bfloat16 on a CPU: there its backward pass is 2 to 10 times slower than
-    three plain
-    operations at the sizes of this project, its forward 1 to 2 times (`benchmarks/attention.py` measures
-    both).
+    three plain operations at the sizes of this project, its forward 1 to 2 times (`benchmarks/attention.py`
+    measures both).
     """
     plain = weights is not None or (q.dtype is torch.bfloat16 and q.device.type == "cpu")
     if not plain:
@@ -92,8 +91,8 @@ class Attention(nn.Module):
 
         Self-attention: `past` [R, H, T, d] is put before the new keys and values; `mask` [R|1, 1, L, T + L].
         Cross-attention: `memory` holds B images and R = B · g: row r looks at image r // g. The g rows of an
-        image are laid side by side as g · L queries against one memory, so nothing is copied per row.
-        `mask` [B, 1, 1, N].
+        image are laid side by side as g · L queries against one memory, so nothing is copied per row. `mask`
+        [B, 1, 1, N].
         """
         dropout = self.dropout if self.training else 0.0
         if memory is None:

@@ -7,8 +7,8 @@ One module, three uses (BLIP §3.1); only the first token, the mask and the memo
     image-grounded encoder   [ENC]         bidirectional    image tokens     (ITM)
     image-grounded decoder   [DEC]         causal           image tokens     (LM)
 
-Shapes: B images, R rows of text (R = B · g, row r belongs to image r // g), L text tokens, N memory tokens,
-D width, V vocabulary.
+Shapes: B images, R rows of text (R = B · g, row r belongs to image r // g), L text tokens, N memory tokens, D
+width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,7 @@ from openblip.models.layers import ACTIVATIONS, Attention, KeyValue, Mlp, init_w
 
 @dataclass
 class TextConfig:
-    """Geometry of the text transformer; the defaults are BLIP's, which is bert-base-uncased with two more
-    words."""
+    """Geometry of the text transformer; the defaults are BLIP's, which is bert-base-uncased with two more words."""
 
     vocab_size: int = 30524
     hidden_size: int = 768
@@ -57,9 +56,9 @@ class Memory:
     once.
 
     They depend on the image alone, so ITM positives, both kinds of negatives, the decoder, beams and
-    reranking
-    all take the same object. `layers[i]` is what layer i's cross-attention made of B images; `index` [R] says
-    which image each row of queries looks at; without it R = B · g and row r looks at image r // g.
+    reranking all take the same object. `layers[i]` is what layer i's cross-attention made of B images;
+    `index` [R] says which image each row of queries looks at; without it R = B · g and row r looks at image r
+    // g.
     """
 
     layers: list[Any]  # KeyValue, or a pair of them (NLVR2)
@@ -227,7 +226,8 @@ class TextTransformer(nn.Module):
 
     def share_(self, other: "TextTransformer", parts: Sequence[str]) -> "TextTransformer":
         """Use `other`'s very modules for the named parts: "embeddings", "self_attention", "cross_attention",
-        "feed_forward". Returns self."""
+        "feed_forward". Returns self.
+        """
         for part in parts:
             if part == "embeddings":
                 self.embeddings = other.embeddings

@@ -65,8 +65,7 @@ def vit_large(image_size: int = 224, **changes: Any) -> VisionConfig:
 
 
 def resize_position_embedding(table: Tensor, grid: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """Position embeddings [1, 1 + n·n, D] for another grid (rows, columns): bicubic, the class row kept as
-    it is."""
+    """Position embeddings [1, 1 + n·n, D] for another grid (rows, columns): bicubic, the class row kept as it is."""
     side = round((table.shape[1] - 1) ** 0.5)
     if (side, side) == grid:
         return table

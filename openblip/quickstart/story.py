@@ -16,6 +16,7 @@ and take the same number of steps.
 
 import copy
 import json
+import math
 import resource
 import sys
 import time
@@ -53,8 +54,8 @@ Say = Callable[[str], None]
 class StoryConfig:
     """Sizes of the experiment.
 
-    noise: share of the web pairs that get another picture's captions. held_out: every so many-th human pair is
-        kept out of the filter's training, to fit its scale.
+    noise: share of the web pairs that get another picture's captions. held_out: every so many-th human pair
+        is kept out of the filter's training, to fit its scale.
     """
 
     human: int = 300
@@ -176,7 +177,8 @@ def judge_filter(texts: Sequence[ScoredText], right: dict[str, bool], threshold:
     """How well the filter found the planted noise among the web's texts: what it drops is called noise."""
     web = [text for text in texts if text.kind == "web"]
     noise = [not right[text.id] for text in web]
-    scores = filter_scores([1 - text.match for text in web], noise, threshold=1 - threshold)
+    above = math.nextafter(1 - threshold, 2)  # what lies at the threshold is kept
+    scores = filter_scores([1 - text.match for text in web], noise, threshold=above)
     alone = {
         f"auc_{name}": filter_scores([-getattr(text, name) for text in web], noise)["auc"]
         for name in ("itm", "itc")

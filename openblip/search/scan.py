@@ -23,8 +23,8 @@ def scan(
 ) -> list[dict[str, Any]]:
     """The `top` pictures for a text, best first: {"id", "where", "score", "cosine"}.
 
-    The `rerank` best by cosine are scored by ITM logit + cosine and come first (BLIP §5.1); 0 leaves the order by
-    cosine. Pictures that cannot be opened are recorded in `bad`. Raises UserError if none can.
+    The `rerank` best by cosine are scored by the ITM head's log odds + cosine and come first (BLIP §5.1); the
+    others follow in the order of their cosine, which is their score. Pictures that cannot be opened are recorded in `bad`. Raises UserError if none can.
     """
     bad = bad or BadRows(max_share=1.0)
     rows: list[Row] = []
@@ -50,11 +50,11 @@ def scan(
     cosine = np.concatenate(vectors) @ pipeline.embed_texts(query)
     order = np.argsort(-cosine, kind="stable")
     scores = cosine.copy()
-    if rerank:
-        best = order[: max(rerank, top)]
-        found = pipeline.match([rows[i].image for i in best], query)
-        scores[best] = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy() + found.cosine
-        order = best[np.argsort(-scores[best], kind="stable")]
+    if rerank > 0:
+        head = order[:rerank]
+        found = pipeline.match([rows[i].image for i in head], query)
+        scores[head] = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy() + found.cosine
+        order = np.concatenate([head[np.argsort(-scores[head], kind="stable")], order[rerank:]])
     return [
         {"id": rows[i].id, "where": rows[i].where, "score": float(scores[i]), "cosine": float(cosine[i])}
         for i in order[:top]

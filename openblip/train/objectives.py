@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide(logits: Tensor) -> Tensor:
+    """At least float32: bfloat16 logits have too few digits for a softmax over many."""
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
 def positive_pairs(ids: Tensor, candidate_ids: Tensor) -> Tensor:
     """Which candidates show the same image: ids [B], candidate_ids [M] -> [B, M], True for a positive."""
     return ids[:, None] == candidate_ids[None, :]
 
 
 def soft_targets(similarity: Tensor, positives: Tensor, alpha: float) -> Tensor:
-    """ITC targets [B, M]: α · what the momentum encoder believes + (1 − α) · the truth (ALBEF eq. 6, BLIP
-    §3.2).
+    """ITC targets [B, M]: α · what the momentum encoder believes + (1 − α) · the truth (ALBEF eq. 6, BLIP §3.2).
 
     similarity [B, M]: the momentum features' cosines over the temperature. positives [B, M] bool; several
     positives of a row share its weight.
@@ -28,12 +32,12 @@ def soft_targets(similarity: Tensor, positives: Tensor, alpha: float) -> Tensor:
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over rows of −Σ targets · log softmax(logits); both [B, M]."""
-    return -(targets * F.log_softmax(_wide(logits), dim=1)).sum(dim=1).mean()
+    return -(targets * F.log_softmax(wide(logits), dim=1)).sum(dim=1).mean()
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE (Radford et al. 2021, fig. 3) of normalised features [B, P], B the global batch."""
-    logits = _wide(scale * image_features @ text_features.T)
+    logits = wide(scale * image_features @ text_features.T)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -45,10 +49,9 @@ def hard_negatives(
 
     similarity [B, M] over the temperature; forbidden [B, M], True for own pairs and pairs of the same image.
     Returns (index [B], exists [B]). When softmax and floor leave nothing to draw from, the draw is uniform
-    over
-    what is allowed; a row in which everything is forbidden has no negative: `exists` is False and its index
-    is only there to keep the shape. Similarities that are not finite draw like zeros: it is the losses' part to
-    say that something broke.
+    over what is allowed; a row in which everything is forbidden has no negative: `exists` is False and its
+    index is only there to keep the shape. Similarities that are not finite draw like zeros: it is the losses'
+    part to say that something broke.
     """
     weights = similarity.detach().float().softmax(dim=1).nan_to_num(0) + floor
     weights = weights.masked_fill(forbidden, 0)
@@ -64,7 +67,7 @@ def itm_loss(logits: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, T
 
     logits [R, 2], labels [R] (1 = match). Uncounted rows are those for which no negative exists.
     """
-    losses = F.cross_entropy(_wide(logits), labels, reduction="none")
+    losses = F.cross_entropy(wide(logits), labels, reduction="none")
     return (losses * counted).sum(), counted.sum().float()
 
 
@@ -88,7 +91,7 @@ def lm_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> tuple[
 
     The mean is left to the caller, because ranks hold different numbers of tokens.
     """
-    total = F.cross_entropy(_wide(logits), labels, label_smoothing=smoothing, reduction="sum")
+    total = F.cross_entropy(wide(logits), labels, label_smoothing=smoothing, reduction="sum")
     return total, torch.tensor(float(len(labels)), device=logits.device)
 
 
@@ -99,7 +102,7 @@ def vqa_loss(
 
     logits [K, V], labels [K], rows [K]: the answer each label belongs to, weights [R] of the answers.
     """
-    losses = F.cross_entropy(_wide(logits), labels, label_smoothing=smoothing, reduction="none")
+    losses = F.cross_entropy(wide(logits), labels, label_smoothing=smoothing, reduction="none")
     return (losses * weights[rows]).sum() / questions
 
 
@@ -107,8 +110,3 @@ def vqa_loss(
 def momentum_update_(twin: list[Tensor], online: list[Tensor], momentum: float) -> None:
     """twin ← momentum · twin + (1 − momentum) · online, in place, tensor by tensor (MoCo)."""
     torch._foreach_lerp_(twin, online, 1 - momentum)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """At least float32: bfloat16 logits have too few digits for a softmax over many."""
-    return logits if logits.dtype is torch.float64 else logits.float()

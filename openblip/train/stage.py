@@ -1,7 +1,8 @@
-"""One training stage from a recipe and rows to a saved model: what `openblip train`, CapFilt and the
-quickstart run."""
+"""One training stage from a recipe and rows to a saved model: what `openblip train`, CapFilt and the quickstart run."""
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,15 @@ from openblip.train.loop import Evaluate, FitResult, fit
 from openblip.train.start import calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
 from openblip.train.tasks import BlipTask, CaptionTask, ClipTask, NlvrTask, Task, VqaTask
 
+# What a stage takes from the model it begins with.
+_HALVES = {
+    "pretrain": ("encoder", "decoder"),
+    "retrieval": ("encoder",),
+    "caption": ("decoder",),
+    "vqa": ("encoder", "decoder"),
+    "nlvr": ("encoder",),
+}
+
 
 @dataclass
 class Ingredients:
@@ -66,7 +76,8 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
     """
     torch.manual_seed(recipe.train.seed)
     if init is None and recipe.init is not None:
-        init = load_pretrained(recipe.init, image_size=recipe.model.vision.image_size)
+        geometry = recipe.clip if recipe.stage == "clip" and recipe.clip is not None else recipe.model
+        init = load_pretrained(recipe.init, image_size=geometry.vision.image_size)
     if recipe.stage == "clip":
         if recipe.clip is None:
             raise UserError("a clip recipe needs its `clip` geometry")
@@ -116,8 +127,7 @@ def _fresh_blip(recipe: Recipe) -> Blip:
 
 
 def _transform(recipe: Recipe) -> ImageTransform:
-    """The deterministic transform of a fresh model: BLIP squashes; DINOv2 was trained with ImageNet's
-    statistics."""
+    """The deterministic transform of a fresh model: BLIP squashes; DINOv2 was trained with ImageNet's statistics."""
     dino = recipe.vision_init == "dinov2_small"
     mean, std = (parts.DINOV2_MEAN, parts.DINOV2_STD) if dino else (CLIP_MEAN, CLIP_STD)
     return ImageTransform(recipe.model.vision.image_size, mean, std)
@@ -126,6 +136,9 @@ def _transform(recipe: Recipe) -> ImageTransform:
 def _for_stage(recipe: Recipe, start: Blip) -> nn.Module:
     """The model that the stage trains, begun with `start`."""
     vision, text, frozen = start.config.vision, start.config.text, start.config.freeze_vision
+    for half in ("encoder", "decoder"):
+        if half in _HALVES[recipe.stage] and not getattr(start.config, half):
+            raise UserError(f"{recipe.stage}: needs a model with its text {half}, and this one has none")
     match recipe.stage:
         case "pretrain":
             return start
@@ -150,8 +163,7 @@ def run_stage(
     evaluate: Evaluate | None = None,
     info: dict[str, Any] | None = None,
 ) -> StageResult:
-    """Train one stage on `rows` and save the model in `run_dir`/model; an interrupted run goes on where it
-    was.
+    """Train one stage on `rows` and save the model in `run_dir`/model; an interrupted run goes on where it was.
 
     features: what the (frozen) vision tower made of the pictures; made in `run_dir`/features when the tower
         is frozen and nothing is augmented. evaluate: see `loop.fit`. info: for the model card.
@@ -160,9 +172,12 @@ def run_stage(
     device = distributed.init_from_env()
     made = prepare(recipe, rows, init)
     made.model.to(device)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    listed = run_dir / "bad_rows.jsonl"
     if features is None and recipe.model.freeze_vision and recipe.augment is None:
-        features = cache_features(made, rows, run_dir / "features", workers=recipe.workers)
-    bad = BadRows(run_dir / "bad_rows.jsonl")
+        folder = run_dir / "features"
+        features = cache_features(made, rows, folder, workers=recipe.workers, bad=BadRows(listed))
+    bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
     task = _task(recipe, made.model, ramp).to(device)
@@ -172,12 +187,18 @@ def run_stage(
     folder = run_dir / "model"
     if distributed.is_main() and not result.interrupted:
         known: dict[str, Any] = {"prompt": recipe.prompt} if recipe.stage == "caption" else {}
-        known |= {"stage": recipe.stage, "steps": result.step, "bad_rows": dict(bad.counts)}
+        known |= {"stage": recipe.stage, "steps": result.step, "bad_rows": _count_reasons(listed)}
         save_pretrained(
             made.model, folder, tokenizer=made.tokenizer, transform=made.transform, info=known | (info or {})
         )
     distributed.barrier()
     return StageResult(folder, result)
+
+
+def _count_reasons(listed: Path) -> dict[str, int]:
+    """How often each reason stands in bad_rows.jsonl: of the whole run, with what came before a resume."""
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+    return dict(Counter(json.loads(line)["reason"] for line in lines))
 
 
 def cache_features(
@@ -186,10 +207,10 @@ def cache_features(
     folder: str | Path,
     *,
     workers: int = 2,
+    bad: BadRows | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> FeatureCache:
-    """What the vision tower makes of every picture of `rows`, under the deterministic transform, in
-    bfloat16."""
+    """What the vision tower makes of every picture of `rows`, under the deterministic transform, in bfloat16."""
     vision = made.model.vision.eval()
     device = next(vision.parameters()).device
 
@@ -202,7 +223,9 @@ def cache_features(
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     fingerprint = {"vision": digest.hexdigest(), "transform": to_dict(made.transform), "precision": "bf16"}
-    return build_features(folder, fingerprint, rows, made.transform, encode, workers=workers, report=report)
+    return build_features(
+        folder, fingerprint, rows, made.transform, encode, workers=workers, bad=bad, report=report
+    )
 
 
 def _loader(

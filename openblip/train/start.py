@@ -5,8 +5,8 @@ A fresh BLIP around a frozen vision tower starts from the statistics of its data
 counted.
 
 Captioner and retrieval model are halves of the pre-trained one (`models.blip.without_encoder`,
-`without_decoder`).
-VQA and NLVR2 have parts the pre-trained model lacks; which tensors stay fresh is returned, never guessed.
+`without_decoder`). VQA and NLVR2 have parts the pre-trained model lacks; which tensors stay fresh is
+returned, never guessed.
 """
 
 import torch
@@ -22,8 +22,7 @@ from openblip.models.vit import VisionTransformer, resize_position_embedding
 
 @torch.no_grad()
 def standardise_tower_(vision: VisionTransformer, pixel_values: Tensor) -> None:
-    """Set gain and bias of a frozen tower's final LayerNorm such that every channel has mean 0 and deviation
-    1.
+    """Set gain and bias of a frozen tower's final LayerNorm such that every channel has mean 0 and deviation 1.
 
     pixel_values [K, 3, S, S]: a sample of the data. Channels of a pretrained tower differ widely in mean and
     scale, and what is common to all images drowns what tells them apart; a tower that is not trained cannot
@@ -42,8 +41,7 @@ def standardise_tower_(vision: VisionTransformer, pixel_values: Tensor) -> None:
 
 @torch.no_grad()
 def calibrate_heads_(model: Blip, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Data-dependent initialisation of the ITC projections (Krähenbühl et al. 2016): centred, unit-scale
-    inputs.
+    """Data-dependent initialisation of the ITC projections (Krähenbühl et al. 2016): centred, unit-scale inputs.
 
     image_embeds [K, N, D] and texts [K, L]: a sample of the data. Without it all cosines begin near 1, since
     the states have a large common part, and the first epochs go into removing it.
@@ -57,8 +55,9 @@ def calibrate_heads_(model: Blip, image_embeds: Tensor, input_ids: Tensor, atten
 
 
 def _floored(deviation: Tensor) -> Tensor:
-    """Standard deviations [D] of channels, none below a tenth of the median of those that vary: some channels are
-    constant. 1 for all where nothing varies, as in a sample of one."""
+    """Standard deviations [D] of channels, none below a tenth of the median of those that vary: some channels
+    are constant. 1 for all where nothing varies, as in a sample of one.
+    """
     varying = deviation[deviation > 0]
     if not len(varying):
         return torch.ones_like(deviation)
@@ -66,8 +65,7 @@ def _floored(deviation: Tensor) -> Tensor:
 
 
 def vqa_from(pretrained: Blip, config: BlipVqaConfig) -> tuple[BlipVqa, list[str]]:
-    """A VQA model with the encoder and decoder of `pretrained` -> (model, names of tensors that stayed
-    fresh).
+    """A VQA model with the encoder and decoder of `pretrained` -> (model, names of tensors that stayed fresh).
 
     The decoder attends to question states, not to the image: its keys and values start from the pre-trained
     ones if the widths agree (ViT-B), and fresh otherwise (ViT-L), as in the released code.

@@ -30,6 +30,7 @@ from openblip.train.objectives import (
     soft_cross_entropy,
     soft_targets,
     vqa_loss,
+    wide,
 )
 
 Batch = dict[str, Any]
@@ -106,8 +107,7 @@ class BlipTaskConfig:
 
 
 class MomentumTwin(nn.Module):
-    """Slowly moving copies of what ITC looks at: vision tower (unless frozen), text encoder, both
-    projections."""
+    """Slowly moving copies of what ITC looks at: vision tower (unless frozen), text encoder, both projections."""
 
     def __init__(self, model: Blip) -> None:
         super().__init__()
@@ -158,7 +158,8 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push_(self, images: Tensor, texts: Tensor, ids: Tensor) -> None:
         """Replace the oldest entries by features [G, P] and ids [G] of the global batch; of one that is larger
-        than the queue, the last Q stay."""
+        than the queue, the last Q stay.
+        """
         size, dtype = len(self.ids), self.images.dtype
         last = slice(max(len(ids) - size, 0), None)
         slots = (self.pointer + torch.arange(len(ids), device=ids.device)[last]) % max(size, 1)
@@ -221,8 +222,7 @@ class BlipTask(Task):
         return losses
 
     def _itc(self, batch: Batch, images: Tensor, texts: Tensor) -> tuple[Losses, Tensor, Tensor, Tensor]:
-        """ITC loss, the similarities to the global batch [B, G] both ways, and the global batch's image ids
-        [G]."""
+        """ITC loss, the similarities to the global batch [B, G] both ways, and the global batch's image ids [G]."""
         text_ids = batch["input_ids"].clone()
         text_ids[:, 0] = self.model.config.text.cls_token_id
         twin_images, twin_texts = self.twin.features(batch, text_ids)
@@ -251,8 +251,7 @@ class BlipTask(Task):
         return {"itc": loss}, sim_i2t[:, :size], sim_t2i[:, :size], global_ids
 
     def _itm(self, memory, embeds, ids, mask, sim_i2t, sim_t2i, image_ids, global_ids) -> Tensor:
-        """Positives, a hard negative text per image and a hard negative image per text: 3B rows, one
-        memory."""
+        """Positives, a hard negative text per image and a hard negative image per text: 3B rows, one memory."""
         rows = len(ids)
         own = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
         if self.config.negatives == "local":
@@ -287,8 +286,7 @@ class BlipTask(Task):
         return distributed.global_mean(*itm_loss(torch.cat([paired, strangers]), labels, counted))
 
     def _draw(self, similarity: Tensor, forbidden: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Hard negatives of this rank's rows; draws are made for the global batch, so topology changes
-        nothing."""
+        """Hard negatives of this rank's rows; draws are made for the global batch, so topology changes nothing."""
         if self.config.negatives == "local" or distributed.world_size() == 1:
             return hard_negatives(
                 similarity, forbidden, floor=self.config.negative_floor, generator=self.draws
@@ -358,4 +356,4 @@ class NlvrTask(Task):
         """{"nlvr": loss}; images come stacked, all left ones then all right ones."""
         memory = self.model.memory(self.image_embeds(batch))
         logits = self.model.logits(memory, batch["input_ids"], batch["attention_mask"])
-        return {"nlvr": F.cross_entropy(logits.float(), batch["labels"])}
+        return {"nlvr": F.cross_entropy(wide(logits), batch["labels"])}

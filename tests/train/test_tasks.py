@@ -50,7 +50,7 @@ def doubled(batch: dict) -> dict:
     return {key: value.double() if is_float[key] else value for key, value in batch.items()}
 
 
-def trained(task: Task, batch: dict, steps: int, lr: float = 3e-3) -> dict[str, float]:
+def trained(task: Task, batch: dict, steps: int, lr: float = 1e-2) -> dict[str, float]:
     """Train in place on one batch, the rate falling to zero; the losses before each step's end."""
     weights = [weight for weight in task.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
@@ -199,9 +199,7 @@ def test_blip_losses_and_gradients_equal_a_reference_that_projects_images_anew_e
     for name, weight in task.named_parameters():
         assert (weight.grad is None) == (gradients[name] is None), name
         if weight.grad is not None:
-            torch.testing.assert_close(
-                gradients[name], weight.grad, atol=1e-10, rtol=1e-9, msg=lambda m: f"{name}: {m}"
-            )
+            assert torch.allclose(gradients[name], weight.grad, atol=1e-10, rtol=1e-9), name
 
     same = torch.tensor([[a == b for b in (7, 8, 7, 9, 10)] for a in (7, 8, 7, 9, 10)])
     assert torch.equal(forbidden, same) and sim_i2t.shape == sim_t2i.shape == (5, 5)
@@ -371,7 +369,7 @@ def test_pretrained_text_may_learn_slower_than_fresh_parts():
     task = blip_task(text_lr_scale=0.3)
     scales = {name: task.lr_scale(name) for name, _ in task.named_parameters()}
     slow = {name for name, scale in scales.items() if scale == 0.3}
-    assert {scale for scale in scales.values()} == {0.3, 1.0}
+    assert set(scales.values()) == {0.3, 1.0}
     assert all("text_encoder" in name or "text_decoder" in name for name in slow)
     assert "model.text_encoder.embeddings.word.weight" in slow
     assert not any("cross_attention" in name or "proj" in name or "head" in name for name in slow)
@@ -464,8 +462,8 @@ def assert_captions_come_back(model, batch: dict, prompt: int) -> None:
 
 
 def test_clip_learns_eight_pairs():
-    task, batch = ClipTask(tiny.clip()), tiny.pairs()
-    assert trained(task, batch, 60)["itc"] < 0.01
+    task, batch = ClipTask(tiny.stir_(tiny.clip())), tiny.pairs()
+    assert trained(task, batch, 60)["itc"] < 0.02
 
 
 def assert_retrieval_is_perfect(model, batch: dict) -> None:
@@ -486,12 +484,16 @@ def assert_retrieval_is_perfect(model, batch: dict) -> None:
     assert (matches.diag() > 0.5).all() and (matches > 0.5).sum() == 8
 
 
+# For the matching head to meet all 56 wrong pairs of a batch in so few steps, negatives are drawn almost evenly.
+EVENLY = {"match_ids": True, "alpha": 0.0, "momentum": 0.9, "negative_floor": 0.3}
+
+
 def test_pretraining_learns_eight_pairs():
     torch.manual_seed(1)
-    config = BlipTaskConfig(queue_size=16, match_ids=True, alpha=0.0, momentum=0.9, label_smoothing=0.0)
-    task, batch = BlipTask(tiny.blip(), config), tiny.pairs()
+    config = BlipTaskConfig(queue_size=16, label_smoothing=0.0, **EVENLY)
+    task, batch = BlipTask(tiny.stir_(tiny.blip()), config), tiny.pairs()
     losses = trained(task, batch, 150)
-    assert losses["itm"] < 0.05 and losses["lm"] < 0.05
+    assert losses["itm"] < 0.05 and losses["lm"] < 0.03
     assert losses["itc"] < 1.2  # three positives share each target: not below log 3 = 1.0986
     assert_retrieval_is_perfect(task.model, batch)
     assert_captions_come_back(task.model, batch, prompt=1)
@@ -499,25 +501,25 @@ def test_pretraining_learns_eight_pairs():
 
 def test_retrieval_learns_eight_pairs():
     torch.manual_seed(1)
-    config = BlipTaskConfig(queue_size=0, match_ids=True, alpha=0.0, momentum=0.9, negative_floor=0.0)
-    task, batch = BlipTask(tiny.blip(decoder=False), config), tiny.pairs()
+    task = BlipTask(tiny.stir_(tiny.blip(decoder=False)), BlipTaskConfig(queue_size=0, **EVENLY))
+    batch = tiny.pairs()
     losses = trained(task, batch, 150)
     assert losses["itc"] < 0.05 and losses["itm"] < 0.05
     assert_retrieval_is_perfect(task.model, batch)
 
 
 def test_captioning_learns_eight_captions_by_heart():
-    task, batch = CaptionTask(tiny.blip(encoder=False), label_smoothing=0.0), tiny.prompted()
-    assert trained(task, batch, 120)["lm"] < 0.02
+    task, batch = CaptionTask(tiny.stir_(tiny.blip(encoder=False)), label_smoothing=0.0), tiny.prompted()
+    assert trained(task, batch, 100)["lm"] < 0.03
     assert_captions_come_back(task.model, batch, prompt=2)
 
 
 def test_vqa_learns_eight_answers_by_heart():
-    task, batch = VqaTask(tiny.vqa(), label_smoothing=0.0), tiny.questions()
+    task, batch = VqaTask(tiny.stir_(tiny.vqa()), label_smoothing=0.0), tiny.questions()
     once = batch["answer_weights"] >= 0.7  # the answer most people gave
     for name in ("answer_ids", "answer_mask", "answer_weights", "answer_question"):
         batch[name] = batch[name][once]
-    assert trained(task, batch, 150)["lm"] < 0.05
+    assert trained(task, batch, 100)["lm"] < 0.05
     model = task.model.eval()
     with torch.no_grad():
         embeds = model.encode_image(batch["pixel_values"])
@@ -528,7 +530,7 @@ def test_vqa_learns_eight_answers_by_heart():
 
 
 def test_nlvr_learns_eight_judgements():
-    task, batch = NlvrTask(tiny.nlvr()), tiny.statements()
+    task, batch = NlvrTask(tiny.stir_(tiny.nlvr())), tiny.statements()
     assert trained(task, batch, 60)["nlvr"] < 0.02
 
 
@@ -559,36 +561,39 @@ def settings(steps: int, **changes) -> TrainConfig:
     return TrainConfig(max_steps=steps, batch_size=8, **constant | changes)
 
 
-def retrieval(seed: int) -> Task:
-    torch.manual_seed(seed)
+def retrieval() -> Task:
     config = BlipTaskConfig(
         queue_size=20, match_ids=True, negatives="local", momentum=0.9, alpha_ramp_steps=4
     )
     return BlipTask(tiny.blip(dropout=0.1, decoder=False), config)
 
 
-def pretraining(seed: int) -> Task:
-    torch.manual_seed(seed)
+def pretraining() -> Task:
     config = BlipTaskConfig(queue_size=20, momentum=0.9, alpha_ramp_steps=4)
     return BlipTask(tiny.blip(dropout=0.1, vision=tiny.vision(drop_path_rate=0.1)), config)
 
 
 RESUMED = {
-    "clip": (lambda seed: ClipTask(tiny.clip()), tiny.pairs, 1),
+    "clip": (lambda: ClipTask(tiny.clip()), tiny.pairs, 1),
     "pretrain": (pretraining, tiny.pairs, 2),
     "retrieval": (retrieval, tiny.pairs, 1),
-    "caption": (lambda seed: CaptionTask(tiny.blip(encoder=False, dropout=0.1)), tiny.prompted, 1),
-    "vqa": (lambda seed: VqaTask(tiny.vqa(dropout=0.1)), tiny.questions, 1),
-    "nlvr": (lambda seed: NlvrTask(tiny.nlvr(dropout=0.1)), tiny.statements, 1),
+    "caption": (lambda: CaptionTask(tiny.blip(encoder=False, dropout=0.1)), tiny.prompted, 1),
+    "vqa": (lambda: VqaTask(tiny.vqa(dropout=0.1)), tiny.questions, 1),
+    "nlvr": (lambda: NlvrTask(tiny.nlvr(dropout=0.1)), tiny.statements, 1),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_in_two_parts_is_bitwise_the_run_in_one(name, tmp_path):
     build, made, accumulate = RESUMED[name]
-    whole = fit(build(0), Batches(made), settings(5, accumulate=accumulate), tmp_path / "whole")
-    fit(build(0), Batches(made), settings(2, accumulate=accumulate), tmp_path / "parts")
-    parts = fit(build(1), Batches(made), settings(5, accumulate=accumulate), tmp_path / "parts")
+
+    def run(seed: int, steps: int, folder: str):
+        torch.manual_seed(seed)
+        return fit(build(), Batches(made), settings(steps, accumulate=accumulate), tmp_path / folder)
+
+    whole = run(0, 5, "whole")
+    run(0, 2, "parts")
+    parts = run(1, 5, "parts")  # nothing may come from its own initial weights
     assert whole.step == parts.step == 5 and whole.losses == parts.losses
     for file in ("model", "optimizer", "rng"):
         one, two = (load_file(result.checkpoint / f"{file}.safetensors") for result in (whole, parts))
@@ -608,7 +613,7 @@ def test_a_broken_picture_is_named_by_the_finite_guard(tmp_path):
         return batch
 
     with pytest.raises(NonFiniteError, match="loss itc is nan"):
-        fit(pretraining(0), Batches(broken), settings(1), tmp_path)
+        fit(pretraining(), Batches(broken), settings(1), tmp_path)
     assert "0/3" in (tmp_path / "bad_batch.json").read_text()
 
 

@@ -1,0 +1,164 @@
+"""The papers' protocols against slow, plain ones: every pair scored, the rule written out."""
+
+import numpy as np
+import pytest
+import torch
+
+from openblip.api import load
+from openblip.config import UserError
+from openblip.data.collate import picture_key
+from openblip.data.features import build_features
+from openblip.data.rows import Row
+from openblip.data.text import clean_caption
+from openblip.eval.benchmarks import captioning, from_cache, retrieval, vqa
+from tests.curate.made import tiny_blip
+from tests.tiny_models import drawing, save_clip
+
+CAPTIONS = ["A red circle!", "two dogs in the snow", "the word", "a much longer text about nothing at all",
+            "green", "one more", "someone on a bicycle", "night", "a boat on the sea", "twelve"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_blip(4)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Six pictures, the even ones with two captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    found, left = [], list(CAPTIONS)
+    for number in range(6):
+        path = folder / f"{number}.png"
+        drawing(9 * number).save(path)
+        count = 1 if number % 2 else 2
+        found.append(Row(f"id{number}", [str(path)], [left.pop() for _ in range(count)]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(pipeline, rows):
+    """(cosine, ITM logit) [images, texts] and the image of each text, one pair at a time."""
+    texts = [clean_caption(text) for row in rows for text in row.captions]
+    owner = [number for number, row in enumerate(rows) for _ in row.captions]
+    model = pipeline.model
+    cosine, logit = np.zeros((len(rows), len(texts))), np.zeros((len(rows), len(texts)))
+    with torch.inference_mode():
+        for i, row in enumerate(rows):
+            (embeds, _) = next(pipeline.encoded([row.image]))
+            for j, text in enumerate(texts):
+                ids = pipeline.tokens([text])
+                features = model.text_features(ids["input_ids"], ids["attention_mask"])
+                cosine[i, j] = (model.image_features(embeds) * features).sum()
+                scores = model.itm_logits(model.encoder_memory(embeds), ids["input_ids"], ids["attention_mask"])
+                logit[i, j] = scores[0, 1]
+    return cosine, logit, owner
+
+
+def plain_recalls(scores, owner) -> dict[str, float]:
+    """Counted one by one; what ties with a right answer stands before it."""
+    images, texts = scores.shape
+    found = {}
+    for k in (1, 5, 10):
+        hits = 0
+        for i in range(images):
+            own = [j for j in range(texts) if owner[j] == i]
+            best = max(scores[i, j] for j in own)
+            hits += sum(scores[i, j] >= best for j in range(texts) if j not in own) < k
+        found[f"tr@{k}"] = hits / images
+    for k in (1, 5, 10):
+        hits = 0
+        for j in range(texts):
+            hits += sum(scores[i, j] >= scores[owner[j], j] for i in range(images) if i != owner[j]) < k
+        found[f"ir@{k}"] = hits / texts
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 100])
+def test_retrieval_is_cosine_then_itm_of_the_k_best(pipeline, rows, plain, k):
+    cosine, logit, owner = plain
+    found = retrieval(pipeline, rows, k=k)
+    assert (found["images"], found["texts"]) == (6, 9)
+    assert {name: found["itc"][name] for name in plain_recalls(cosine, owner)} == pytest.approx(
+        plain_recalls(cosine, owner)
+    )
+    scores = np.full_like(cosine, -np.inf)
+    for i in range(6):
+        for j in range(9):
+            of_image = sorted(cosine[i], reverse=True)[: min(k, 9)]
+            of_text = sorted(cosine[:, j], reverse=True)[: min(k, 6)]
+            if cosine[i, j] >= of_image[-1] or cosine[i, j] >= of_text[-1]:
+                scores[i, j] = logit[i, j] + cosine[i, j]
+    expected = plain_recalls(scores, owner)
+    assert {name: found["itm"][name] for name in expected} == pytest.approx(expected)
+    assert found["itm"]["r_mean"] == pytest.approx(sum(expected.values()) / 6)
+
+
+def test_the_rule_makes_a_difference_here(plain):
+    """Cosine, ITM alone, and their sum rank these pairs differently, so the test above can fail."""
+    cosine, logit, owner = plain
+    found = [plain_recalls(scores, owner) for scores in (cosine, logit + cosine, -cosine)]
+    assert found[0] != found[1] and found[1] != found[2]
+    assert (np.argsort(logit, axis=1) != np.argsort(logit + cosine, axis=1)).any()
+
+
+def test_without_rerank_there_is_cosine_alone_and_so_for_clip(pipeline, rows, tmp_path):
+    assert set(retrieval(pipeline, rows, rerank=False)) == {"itc", "images", "texts"}
+    assert set(retrieval(load(save_clip(tmp_path / "clip")), rows)) == {"itc", "images", "texts"}
+
+
+def test_cached_features_give_what_pictures_give(pipeline, rows, tmp_path):
+    model = pipeline.model
+    cache = build_features(
+        tmp_path, {"of": "test"}, rows, pipeline.transform, lambda x: model.encode_image(x), dtype="float32"
+    )
+    assert cache.lookup(picture_key(rows[0])).shape == (5, 16)
+    embeds = from_cache(cache)
+    options = {"max_new_tokens": 4, "min_new_tokens": 1}
+    from_pictures = captioning(pipeline, rows, **options)
+    assert captioning(pipeline, rows, embeds=embeds, **options) == from_pictures
+    assert retrieval(pipeline, rows, k=3, embeds=embeds) == retrieval(pipeline, rows, k=3)
+    captions = from_pictures["captions"]
+    assert list(captions) == [row.id for row in rows] and len(set(captions.values())) > 1
+    alone = pipeline.caption([row.image for row in rows], num_beams=3, **options)
+    assert list(captions.values()) == alone
+
+
+class Answers:
+    """A pipeline that answers from a list."""
+
+    def __init__(self, said):
+        self.said, self.asked = said, []
+
+    def answer(self, images, questions, *, answers=None, **generation):
+        self.asked.append((images, questions, answers, generation))
+        return self.said
+
+
+def test_vqa_counts_the_annotators(rows):
+    def asked(number, answers):
+        return Row("same picture", [f"{number}.png"], [], question=f"q{number}", answers=answers)
+
+    questions = [
+        asked(0, ["red"] * 10),  # all: 1
+        asked(1, ["red"] * 2 + ["blue"] * 8),  # 2 of 10: 8 leave both, 2 leave one: (8 · 2/3 + 2 · 1/3) / 10
+        asked(2, ["two"] * 10),
+    ]
+    model = Answers(["red", "red", "none"])
+    found = vqa(model, [rows[0], *questions], num_beams=2, answers=["red", "none"])
+    assert found["accuracy"] == pytest.approx((1 + 0.6 + 0) / 3)
+    assert found["answers"] == ["red", "red", "none"]
+    assert model.asked == [
+        (["0.png", "1.png", "2.png"], ["q0", "q1", "q2"], ["red", "none"], {"num_beams": 2})
+    ]
+
+
+def test_what_cannot_be_evaluated_is_said(pipeline, rows):
+    with pytest.raises(UserError, match="no row has a question"):
+        vqa(pipeline, rows)
+    with pytest.raises(UserError, match="every row needs a caption"):
+        retrieval(pipeline, [*rows, Row("x", ["x.png"], [])])
+    with pytest.raises(UserError, match="k is at least 1, got 0"):
+        retrieval(pipeline, rows, k=0)
+    with pytest.raises(UserError, match="captioning: this Blip"):
+        captioning(tiny_blip(1, decoder=False, share=()), rows)

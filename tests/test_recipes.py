@@ -1,0 +1,114 @@
+"""Every recipe describes a model that can be built, and those of the papers say what the papers say."""
+
+import pytest
+import torch
+
+from openblip.config import UserError, from_dict, to_dict
+from openblip.models.blip import Blip, without_decoder
+from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
+from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
+from openblip.models.clip import Clip
+from openblip.recipes import RECIPES, Recipe, recipe_named
+from openblip.train.tasks import BlipTaskConfig
+
+COCO, FLICKR = 566_747, 145_000  # captions of Karpathy's training splits
+# name: (stage, samples of an epoch, epochs, batch, lr, image side, tokens of text)
+PAPERS = {
+    "clip_b16": ("clip", 400e6, 32, 32768, 5e-4, 224, 77),
+    "blip_base": ("pretrain", 14e6, 20, 2880, 3e-4, 224, 30),
+    "blip_large": ("pretrain", 14e6, 20, 2400, 2e-4, 224, 30),
+    "retrieval_coco": ("retrieval", COCO, 6, 256, 1e-5, 384, 35),
+    "retrieval_flickr": ("retrieval", FLICKR, 6, 256, 1e-5, 384, 35),
+    "caption_coco": ("caption", COCO, 5, 256, 1e-5, 384, 40),
+    "nlvr2": ("nlvr", 86_373, 15, 256, 3e-5, 384, 40),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_numbers(name):
+    stage, samples, epochs, batch, lr, side, tokens = PAPERS[name]
+    recipe = recipe_named(name)
+    vision = recipe.clip.vision if recipe.clip else recipe.model.vision
+    assert (recipe.stage, recipe.train.batch_size, recipe.train.lr) == (stage, batch, lr)
+    assert (vision.image_size, recipe.max_length) == (side, tokens)
+    assert recipe.train.max_steps * batch == pytest.approx(samples * epochs, rel=0.02)
+
+
+def test_pretraining_as_in_the_paper():
+    for name in ("blip_base", "blip_large"):
+        train = recipe_named(name).train
+        assert train.schedule == "step_decay" and train.decay_rate == 0.85 and train.weight_decay == 0.05
+        assert train.steps_per_epoch * train.batch_size == pytest.approx(14e6, rel=0.001)
+        assert train.max_steps / train.steps_per_epoch == pytest.approx(20, abs=0.2)
+        assert recipe_named(name).augment.crop == (0.2, 1.0) and recipe_named(name).ramp_epochs == 2
+    task = recipe_named("blip_base").task
+    assert task == BlipTaskConfig(queue_size=57600, momentum=0.995, alpha=0.4, negatives="local")
+    assert task.negative_floor == 1e-4 and not task.match_ids and task.label_smoothing == 0.1
+
+
+def test_fine_tuning_as_in_the_paper():
+    for name in ("retrieval_coco", "retrieval_flickr", "caption_coco", "vqa_v2", "nlvr2"):
+        recipe = recipe_named(name)
+        assert (recipe.train.schedule, recipe.train.weight_decay, recipe.augment.crop) == (
+            "cosine",
+            0.05,
+            (0.5, 1.0),
+        )
+    coco, flickr = recipe_named("retrieval_coco"), recipe_named("retrieval_flickr")
+    assert (coco.task.negatives, flickr.task.negatives) == ("global", "local")
+    for recipe in (coco, flickr):
+        assert recipe.task.match_ids and recipe.task.negative_floor == 0 and recipe.ramp_epochs == 1
+    assert recipe_named("caption_coco").prompt == "a picture of "
+    vqa = recipe_named("vqa_v2")
+    assert (vqa.train.batch_size, vqa.train.lr, vqa.model.vision.image_size, vqa.max_length) == (
+        256,
+        2e-5,
+        480,
+        35,
+    )
+    assert vqa.model.vision.drop_path_rate == recipe_named("nlvr2").model.vision.drop_path_rate == 0.1
+    assert recipe_named("blip_base").model.vision.drop_path_rate == 0, "geometries are not shared"
+
+
+def test_small_recipes_begin_one_with_another():
+    first = recipe_named("small_pretrain")
+    for name in ("small_retrieval", "small_caption"):
+        then = recipe_named(name)
+        assert then.model == first.model and then.max_length == first.max_length
+        assert then.vision_init is None and then.text_init is None and then.calibrate == 0
+    assert first.vision_init and first.model.freeze_vision and first.augment is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_goes_through_a_file_and_back(name):
+    recipe = recipe_named(name)
+    assert from_dict(Recipe, to_dict(recipe), name) == recipe
+    recipe.train.lr = 1.0
+    assert recipe_named(name).train.lr != 1.0, "each call makes a recipe of its own"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_describes_a_model_that_can_be_built(name):
+    recipe = recipe_named(name)
+    vision, text = recipe.model.vision, recipe.model.text
+    with torch.device("meta"):
+        model = {
+            "clip": lambda: Clip(recipe.clip),
+            "pretrain": lambda: Blip(recipe.model),
+            "retrieval": lambda: without_decoder(Blip(recipe.model)),
+            "caption": lambda: Blip(recipe.model),
+            "vqa": lambda: BlipVqa(BlipVqaConfig(vision, text)),
+            "nlvr": lambda: BlipNlvr(BlipNlvrConfig(vision, text)),
+        }[recipe.stage]()
+    limit = (recipe.clip.text if recipe.clip else text).max_position_embeddings
+    assert recipe.max_length <= limit
+    if name == "blip_base":
+        millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+        assert millions == pytest.approx(252, abs=1)  # BLIP table 3, all but self-attention shared
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    with pytest.raises(UserError, match="no recipe is called 'blip_bse'") as error:
+        recipe_named("blip_bse")
+    assert all(name in str(error.value) for name in RECIPES)
+    assert all(recipe_named(name) == function() for name, function in RECIPES.items())
