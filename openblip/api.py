@@ -104,10 +104,11 @@ class Pipeline:
     ) -> str | list[str] | list[list[str]]:
         """Captions: a string for one image, a list for a list (of lists with num_return_sequences > 1).
 
-        prompt: the words a caption begins with; they are not part of the result. None takes the model's own
-        ("a picture of " for BLIP captioners), "" none. Options are those of transformers: num_beams,
-        max_new_tokens, min_new_tokens, do_sample, top_p, temperature, repetition_penalty, length_penalty,
-        num_return_sequences, seed. `seeds`: one per image, for sampling that does not depend on the batch.
+        prompt: the words a caption begins with; they are not part of the result. None takes the model's own, which
+        it was trained with (`info["prompt"]`; none in transformers' folders), "" none. Options are those of
+        transformers: num_beams, max_new_tokens, min_new_tokens, do_sample, top_p, temperature,
+        repetition_penalty, length_penalty, num_return_sequences, seed. `seeds`: one per image, for sampling
+        that does not depend on the batch.
         """
         self._needs(Blip, "decoder", "captioning")
         beams = 1 if generation.get("do_sample") else 3
@@ -155,7 +156,8 @@ class Pipeline:
     ) -> Match:
         """P(match) and cosine of image i with text i; with a list of texts per image, arrays [B, texts].
 
-        One image may be given with many texts, or one text with many images.
+        One image may be given with many texts (arrays [texts], also for a single one), or one text with many
+        images.
         """
         self._needs(Blip, "encoder", "matching")
         single, images = _listed(images)

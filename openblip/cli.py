@@ -9,13 +9,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from openblip.config import UserError
 
-Paths = tyro.conf.Positional[tuple[Path, ...]]
+# Positional arguments, under the names that help shows them by.
+Paths = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE ...")]]
+ImagePath = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="IMAGE")]]
+Texts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")]]
+Question = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="QUESTION")]]
+Query = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="QUERY")]]
+RecipeName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
+What = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="WHAT")]]
 
 
 def quickstart(
@@ -46,7 +53,7 @@ def quickstart(
 
 
 def train(
-    recipe: tyro.conf.Positional[str],
+    recipe: RecipeName,
     data: Path,
     out: Path,
     split: str | None = None,
@@ -139,7 +146,10 @@ def capfilt(
     source = open_source(str(data), split=split)
     result = engine.run(worker, source, out, batch_size=batch_size)
     extra = open_source(str(human)) if human else None
-    for written in (out / "parquet", out / "webdataset"):  # by this command before, perhaps at another threshold
+    for written in (
+        out / "parquet",
+        out / "webdataset",
+    ):  # by this command before, perhaps at another threshold
         shutil.rmtree(written, ignore_errors=True)
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
@@ -178,6 +188,8 @@ def caption(
     """
     from openblip.api import load
 
+    if not images:
+        raise UserError("caption: no image given")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     options |= {"do_sample": True, "top_p": top_p, "seed": seed} if do_sample else {"num_beams": num_beams}
     written = load(model).caption(list(images), prompt, **options)
@@ -185,8 +197,7 @@ def caption(
     _answer(answer, json, lambda: "\n".join(f"{image}: {text}" for image, text in answer.items()))
 
 
-def match(image: tyro.conf.Positional[Path], texts: tyro.conf.Positional[tuple[str, ...]], model: str,
-          json: bool = False) -> None:  # fmt: skip
+def match(image: ImagePath, texts: Texts, model: str, json: bool = False) -> None:
     """Say how well texts match an image: P(match) of the ITM head, and cosine of the ITC features.
 
     Args:
@@ -210,8 +221,8 @@ def match(image: tyro.conf.Positional[Path], texts: tyro.conf.Positional[tuple[s
 
 
 def vqa(
-    image: tyro.conf.Positional[Path],
-    question: tyro.conf.Positional[str],
+    image: ImagePath,
+    question: Question,
     model: str,
     answers: tuple[str, ...] = (),
     json: bool = False,
@@ -232,7 +243,7 @@ def vqa(
 
 
 def search(
-    data: Path, query: tyro.conf.Positional[str], model: str, split: str | None = None, top: int = 10,
+    data: Path, query: Query, model: str, split: str | None = None, top: int = 10,
     rerank: int = 32, json: bool = False,
 ) -> None:  # fmt: skip
     """Find the pictures that fit a text: by cosine first, the best of them by ITM logit + cosine (BLIP §5.1).
@@ -302,7 +313,7 @@ def eval(
     )
 
 
-def info(what: tyro.conf.Positional[str] = "", json: bool = False) -> None:
+def info(what: What = "", json: bool = False) -> None:
     """Say what a model folder or a data set holds; without an argument: the version and the recipes.
 
     Args:

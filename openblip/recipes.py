@@ -24,7 +24,7 @@ Stage = Literal["clip", "pretrain", "retrieval", "caption", "vqa", "nlvr"]
 
 @dataclass
 class Augment:
-    """Training transform: share of the area a random crop keeps, flips, RandomAugment; crop 0 switches all off."""
+    """Training transform: share of the area a random crop keeps, flips, RandomAugment."""
 
     crop: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
@@ -38,6 +38,7 @@ class Recipe:
     stage: which task. model: geometry of a BLIP model (every stage but "clip"). init: a model folder or hub
         name whose weights it begins with. vision_init, text_init: real pretrained parts from registry
         packages.
+    tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
         (see `train.start`); 0: not at all, as in the papers, whose towers are trained.
@@ -51,6 +52,7 @@ class Recipe:
     clip: ClipConfig | None = None
     task: BlipTaskConfig = field(default_factory=BlipTaskConfig)
     init: str | None = None
+    tokenizer: str | None = None
     vision_init: Literal["dinov2_small"] | None = None
     text_init: Literal["minilm"] | None = None
     augment: Augment | None = field(default_factory=Augment)

@@ -95,8 +95,7 @@ def test_a_batch_gives_what_each_gives_alone(blip, vqa, clip, images):
         assert len(set(together)) > 1, "captions differ"
     questions = ["what is it?", "which colour has the thing in the picture?"] * 3
     assert vqa.answer(images, questions, **SHORT) == [
-        vqa.answer(image, question, **SHORT)
-        for image, question in zip(images, questions, strict=True)
+        vqa.answer(image, question, **SHORT) for image, question in zip(images, questions, strict=True)
     ]
     for model in (blip, clip):
         alone = np.stack([model.embed_images(image) for image in images])

@@ -108,7 +108,16 @@ def test_caption_match_and_vqa(root, answer):
             strict=True,
         )
     )
-    sampled = ("caption", pictures[0], "--model", root / "blip", "--do-sample", "--max-new-tokens", 3, "--seed")
+    sampled = (
+        "caption",
+        pictures[0],
+        "--model",
+        root / "blip",
+        "--do-sample",
+        "--max-new-tokens",
+        3,
+        "--seed",
+    )
     assert answer(*sampled, 1) == answer(*sampled, 1) != answer(*sampled, 2)
     found = answer("match", pictures[0], "a red circle", "a dog", "--model", root / "filter")
     assert [one["text"] for one in found] == ["a red circle", "a dog"]
@@ -177,6 +186,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(root, mistake, tmp_path):
     assert "absent" in mistake("caption", picture, "--model", tmp_path / "absent")
     assert "no config.json" in mistake("caption", picture, "--model", root / "data")
     assert "absent.png" in mistake("caption", tmp_path / "absent.png", "--model", root / "blip")
+    assert "no image given" in mistake("caption", "--model", root / "blip")
     assert "captioning" in mistake("caption", picture, "--model", root / "filter")
     assert "max_new_tokens" in mistake("caption", picture, "--model", root / "blip", "--max-new-tokens", 0)
     assert "text" in mistake("match", picture, "--model", root / "filter")
@@ -195,7 +205,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(root, mistake, tmp_path):
     assert "absent" in mistake("search", "x", "--data", tmp_path / "absent", "--model", root / "filter")
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["caption", "--modle", "x"], ["eval", "everything"], ["train"]])
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["caption", "--modle", "x"], ["eval", "everything"], ["train"]]
+)
 def test_what_the_parser_refuses_ends_with_2_too(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -206,9 +218,9 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "info", lambda what="", json=False: stop())
+    monkeypatch.setattr("openblip.quickstart.run.run", stop)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["info"])
+        cli.main(["quickstart"])
     assert caught.value.code == 130 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
@@ -226,6 +238,12 @@ assert not heavy, heavy
 """
 
 
+POSITIONAL = {
+    "recipe": "RECIPE", "images": "IMAGE ...", "image": "IMAGE", "texts": "TEXT ...", "question": "QUESTION",
+    "query": "QUERY", "what": "WHAT", "task": "{retrieval,caption,vqa}",
+}  # fmt: skip
+
+
 def test_help_names_every_command_and_option_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -235,6 +253,6 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
         assert page.startswith(name) and name in top
         parameters = inspect.signature(command).parameters
         for parameter, what in parameters.items():
-            positional = "Positional" in str(what.annotation) or parameter == "images"
-            shown = parameter.upper() if positional else f"--{parameter.replace('_', '-')}"
+            shown = POSITIONAL.get(parameter, f"--{parameter.replace('_', '-')}")
             assert shown in page, f"{name}: {parameter} is not in its help"
+            assert what.default is not inspect.Parameter.empty or "(required)" in page

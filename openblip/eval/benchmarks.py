@@ -45,8 +45,8 @@ def retrieval(
     """Image-to-text and text-to-image recall (BLIP §5.1): {"itc": {...}, "itm": {...}}.
 
     "itc" ranks by cosine alone. "itm" takes the k best by cosine, for each image and for each text, and ranks
-    these by ITM logit + cosine; all else comes last. CLIP has no ITM head: "itc" is all there is. Every caption of a row is a text. Images are projected
-    once for all their candidates.
+    these by ITM logit + cosine; all else comes last. CLIP has no ITM head: "itc" is all there is. Every caption
+    of a row is a text. Images are projected once for all their candidates.
     """
     texts = [clean_caption(caption) for row in rows for caption in row.captions]
     owner = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])

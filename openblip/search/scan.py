@@ -24,7 +24,8 @@ def scan(
     """The `top` pictures for a text, best first: {"id", "where", "score", "cosine"}.
 
     The `rerank` best by cosine are scored by the ITM head's log odds + cosine and come first (BLIP §5.1); the
-    others follow in the order of their cosine, which is their score. Pictures that cannot be opened are recorded in `bad`. Raises UserError if none can.
+    others follow in the order of their cosine, which is their score. Pictures that cannot be opened are
+    recorded in `bad`. Raises UserError if none can.
     """
     bad = bad or BadRows(max_share=1.0)
     rows: list[Row] = []

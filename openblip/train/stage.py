@@ -79,13 +79,7 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
         geometry = recipe.clip if recipe.stage == "clip" and recipe.clip is not None else recipe.model
         init = load_pretrained(recipe.init, image_size=geometry.vision.image_size)
     if recipe.stage == "clip":
-        if recipe.clip is None:
-            raise UserError("a clip recipe needs its `clip` geometry")
-        model: nn.Module = init.model if init is not None else Clip(recipe.clip)
-        if init is None or init.tokenizer is None:
-            raise UserError("CLIP's vocabulary comes with a model: give init, a folder with its tokenizer")
-        transform = ImageTransform(recipe.clip.vision.image_size, resize="crop")
-        return Ingredients(model, init.tokenizer, transform)
+        return _clip(recipe, init)
     start = init.model if init is not None else _fresh_blip(recipe)
     if not isinstance(start, Blip):
         raise UserError(f"{recipe.stage}: begins with a pre-trained BLIP, not with a {type(start).__name__}")
@@ -112,6 +106,22 @@ def _calibrate_(
             standardise_tower_(model.vision, batch["pixel_values"])
         embeds = model.encode_image(batch["pixel_values"])
         calibrate_heads_(model, embeds, batch["input_ids"], batch["attention_mask"])
+
+
+def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
+    """A CLIP to train: `init` as it is, or a fresh one with the recipe's geometry and tokenizer."""
+    if recipe.clip is None:
+        raise UserError("a clip recipe needs its `clip` geometry")
+    transform = ImageTransform(recipe.clip.vision.image_size, resize="crop")
+    if init is not None:
+        if not isinstance(init.model, Clip) or init.tokenizer is None:
+            raise UserError("clip: begins with a CLIP and its tokenizer, and `init` is none")
+        return Ingredients(init.model, init.tokenizer, init.transform or transform)
+    if recipe.tokenizer is None:
+        raise UserError(
+            "clip: a fresh CLIP needs a vocabulary; set the recipe's `tokenizer` to a folder with one"
+        )
+    return Ingredients(Clip(recipe.clip), Tokenizer.load(recipe.tokenizer), transform)
 
 
 def _fresh_blip(recipe: Recipe) -> Blip:

@@ -50,7 +50,9 @@ def plain(pipeline, rows):
                 ids = pipeline.tokens([text])
                 features = model.text_features(ids["input_ids"], ids["attention_mask"])
                 cosine[i, j] = (model.image_features(embeds) * features).sum()
-                scores = model.itm_logits(model.encoder_memory(embeds), ids["input_ids"], ids["attention_mask"])
+                scores = model.itm_logits(
+                    model.encoder_memory(embeds), ids["input_ids"], ids["attention_mask"]
+                )
                 logit[i, j] = scores[0, 1]
     return cosine, logit, owner
 

@@ -49,7 +49,9 @@ def test_the_itm_head_changes_the_order_of_the_head_alone(pipeline, source):
         p = float(match.probability[0])
         judged[hit["id"]] = np.log(p / (1 - p)) + float(match.cosine[0])
     assert [hit["id"] for hit in found[:4]] == sorted(judged, key=judged.get, reverse=True)
-    assert [hit["score"] for hit in found[:4]] == pytest.approx(sorted(judged.values(), reverse=True), abs=1e-4)
+    assert [hit["score"] for hit in found[:4]] == pytest.approx(
+        sorted(judged.values(), reverse=True), abs=1e-4
+    )
     whole = scan(pipeline, source, QUERY, top=20, rerank=100)
     assert [hit["id"] for hit in whole] != [hit["id"] for hit in plain], "it can change the order"
 
@@ -71,5 +73,5 @@ def test_nothing_to_search_is_said(pipeline, tmp_path):
     folder = picture_folder(tmp_path / "data", 2)
     for picture in (folder / "images").iterdir():
         picture.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="no picture could be opened.*not_an_image"):
+    with pytest.raises(UserError, match=r"no picture could be opened.*not_an_image"):
         scan(pipeline, open_source(folder, cache_dir=tmp_path / "cache"), QUERY)
