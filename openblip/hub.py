@@ -39,10 +39,7 @@ from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
 from openblip.models.text import TextConfig
 
-_WEIGHTS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # each also as <name>.index.json, which lists several files
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their <name>.index.json, which lists several
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json")
 
 
@@ -86,7 +83,7 @@ def save_pretrained(
             "metrics" ({name: number}) and the rest as a list.
 
     Raises:
-        UserError: a model of another kind, or a tokenizer that does not belong to it.
+        UserError: a model of another kind, a tokenizer that does not belong to it, no place for a folder.
         ConfigError: `info` holds something JSON cannot.
     """
     kind = next(
@@ -282,7 +279,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
-            names = sorted(set(map(str, _read_object(index).get("weight_map", {}).values())))
+            places = _read_object(index).get("weight_map")
+            names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
             if not names or any(Path(name).name != name for name in names):
                 raise UserError(f"{index}: weight_map does not name the files beside it")
             return [folder / name for name in names]
@@ -304,7 +302,10 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
     By rename: loaded weights are a view of their file, which lives on under them, while writing into it would
     pull them away.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: no folder can be made there: {error.strerror}") from None
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
         write(Path(beside))
         (folder / "config.json").unlink(missing_ok=True)

@@ -119,4 +119,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(tyro.conf.OmitArgPrefixes[Config]))

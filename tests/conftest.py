@@ -1,6 +1,7 @@
 """What every test gets: no network, the same random numbers, and optional data by environment variable."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: without it a wrong name costs 20 s
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -31,3 +32,11 @@ def flickr8k() -> Path:
     if not (Path(folder) / "captions.jsonl").is_file():
         pytest.fail(f"OPENBLIP_FLICKR8K={folder}: there is no captions.jsonl in it")
     return Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Python's own answer to SIGINT: whoever starts pytest in the background of a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     """A folder like that of somebody who ran the quickstart and has pictures in my_folder."""
     save_blip(tmp_path / "quickstart/bootstrapped/model")
     picture_folder(tmp_path / "quickstart/openmoji", 6)
-    drawing(0).save(tmp_path / "quickstart/openmoji/images/1F34E.png")
+    drawing(0).save(tmp_path / "quickstart/openmoji/images/1F375.png")
     picture_folder(tmp_path / "my_folder", 8)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

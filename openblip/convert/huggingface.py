@@ -35,13 +35,12 @@ from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.models.vit import VisionTransformer
 
-Names = dict[
-    str, str | tuple[str, ...]
-]  # our module or parameter -> theirs; several of theirs are one of ours, stacked
+# Our module or parameter -> theirs; several of theirs are one of ours, stacked. {} is the number of the layer.
+Names = dict[str, str | tuple[str, ...]]
 
 
 def _vision(prefix: str, qkv: str | tuple[str, ...], out: str) -> Names:
-    """The ViT of BLIP and CLIP, the attention apart."""
+    """The ViT of BLIP and CLIP, and CLIP's text blocks; what differs is how attention is called."""
     layer = f"{prefix}encoder.layers.{{}}."
     heads = tuple(layer + name for name in qkv) if isinstance(qkv, tuple) else layer + qkv
     return {
@@ -99,19 +98,13 @@ _BLIP_TIED = (
     ("text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"),
     ("text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias"),
 )
-_CLIP_TEXT = {
-    name.replace("blocks", "text.blocks"): theirs
-    for name, theirs in _vision("text_model.", _SPLIT_HEADS, "self_attn.out_proj").items()
-    if name.startswith("blocks")
-} | {
-    "text.word": "text_model.embeddings.token_embedding",
-    "text.position": "text_model.embeddings.position_embedding",
-    "text.norm": "text_model.final_layer_norm",
-}
 _CLIP = (
     _under("vision", _vision("vision_model.", _SPLIT_HEADS, "self_attn.out_proj"))
-    | _CLIP_TEXT
+    | _under("text", _vision("text_model.", _SPLIT_HEADS, "self_attn.out_proj"))
     | {
+        "text.word": "text_model.embeddings.token_embedding",
+        "text.position": "text_model.embeddings.position_embedding",
+        "text.norm": "text_model.final_layer_norm",
         "vision.position_embedding": "vision_model.embeddings.position_embedding.weight",
         "vision.pre_norm": "vision_model.pre_layrnorm",  # sic
         "vision_norm": "vision_model.post_layernorm",
@@ -274,6 +267,8 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     if layout is None:
         raise UserError(f"transformers has no class for a {type(model).__name__}")
+    if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
+        raise UserError(f"{layout.name} of transformers needs images and texts of one width")
     config = layout.to_config(model.config)
     mine, theirs = model.state_dict(), empty_model(layout.config(config)).state_dict()
     if odd := sorted(mine.keys() ^ theirs.keys()):

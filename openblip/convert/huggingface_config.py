@@ -58,7 +58,10 @@ def _side(size: Any, key: str) -> int:
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     # Files of the first CLIP converter carry `text_config_dict`, which wins where it is given.
-    return config.get(f"{name}_dict") or config.get(name) or {}
+    section = config.get(f"{name}_dict") or config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise UserError(f"config.json: {name} is no object")
+    return section
 
 
 def _blip_parts(config: Mapping[str, Any]) -> tuple[VisionConfig, TextConfig]:

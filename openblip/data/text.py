@@ -179,12 +179,16 @@ class Tokenizer:
         return [self.cls_id, *self._encode([prompt])[0]]
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special: bool = True) -> str:
-        """Ids [L] -> text. `skip_special` leaves out special tokens and what follows the first end token."""
+        """Ids [L] -> text. `skip_special` leaves out special tokens and what follows the first end token.
+
+        Apostrophes that BERT's tokenizer set apart are joined again: "a man's hat", not "a man ' s hat".
+        """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if skip_special and self.sep_id in ids:
             ids = ids[: ids.index(self.sep_id)]  # CLIP pads with 0, which is a real token to the library
         text = self._backend.decode(ids, skip_special_tokens=skip_special)
-        return text.replace("</w>", " ").strip()  # how CLIP's BPE marks the end of a word
+        text = text.replace("</w>", " ")  # how CLIP's BPE marks the end of a word
+        return (text if self.dec_id is None else text.replace(" ' ", "'")).strip()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the texts alone. A lone surrogate, which JSON can hold and UTF-8 cannot, is read as "?"."""

@@ -78,7 +78,8 @@ def test_bert_ids_equal_transformers(bert, hf_bert, text, max_length):
     assert ours["input_ids"].tolist() == theirs["input_ids"]
     assert ours["attention_mask"].tolist() == theirs["attention_mask"]
     ids = theirs["input_ids"][0]
-    assert bert.decode(ids) == hf_bert.decode(ids, skip_special_tokens=True)
+    # transformers leaves apostrophes apart ("a man ' s hat"); otherwise the texts are the same
+    assert bert.decode(ids) == hf_bert.decode(ids, skip_special_tokens=True).replace(" ' ", "'").strip()
 
 
 @settings(max_examples=200, deadline=None)
@@ -167,6 +168,11 @@ def test_threads_may_share_one(bert):
     with ThreadPoolExecutor(4) as pool:
         shared = list(pool.map(lambda n: (n, bert(texts, n)["input_ids"]), list(alone) * 5))
     assert all(torch.equal(ids, alone[n]) for n, ids in shared)
+
+
+def test_apostrophes_are_joined_again(bert):
+    ids = bert(["a man's hat isn't red"], 20)["input_ids"][0]
+    assert bert.decode(ids) == "a man's hat isn't red"
 
 
 def test_decode_leaves_out_special_tokens_or_not(bert):

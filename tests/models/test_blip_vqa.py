@@ -69,7 +69,7 @@ def test_an_answer_sees_image_and_question_but_no_padding(model):
     assert (states(embeds, other, mask) - said).abs().amax(dim=(1, 2)).min() > 1e-3, "question"
 
 
-def slow_rank(model, memory, question: int, answers: list[list[int]], k: int) -> int:
+def slow_rank(model, memory, question: int, answers: list[list[int]], k: int, smoothing: float) -> int:
     """One candidate after the other (BLIP's released code in words)."""
     own = memory.rows(torch.tensor([question]))
 
@@ -82,24 +82,31 @@ def slow_rank(model, memory, question: int, answers: list[list[int]], k: int) ->
     for i in short:
         ids = answers[i]
         losses[i] = F.cross_entropy(
-            logits(ids)[:-1], torch.tensor(ids[1:]), label_smoothing=0.1, reduction="sum"
+            logits(ids)[:-1], torch.tensor(ids[1:]), label_smoothing=smoothing, reduction="sum"
         )
     return min(losses, key=losses.get)
 
 
-@pytest.mark.parametrize("k", [1, 3, 128])
 @torch.no_grad()
-def test_ranking_is_what_plain_loops_find(model, k):
-    questions, mask = texts([7, 4, 5, 6, 3, 7])
-    memory = model.question_memory(model.encode_image(images(6)), questions, mask)
-    lengths = [3, 5, 4, 3, 6, 4, 5, 3]
-    answers, answer_mask = texts(lengths)
-    rows = [answers[i, :length].tolist() for i, length in enumerate(lengths)]
-    found = model.rank(memory, answers, answer_mask, k=k)
-    assert found.tolist() == [slow_rank(model, memory, question, rows, k) for question in range(6)]
-    if k == 1:
-        every = model.rank(memory, answers, answer_mask)
-        assert found.tolist() != every.tolist(), "the short list matters here"
+def test_ranking_is_what_plain_loops_find(model):
+    for parameter in model.parameters():
+        parameter.mul_(1.5)  # so that questions make a difference
+    lengths = [7, 4, 5, 6, 3, 7] * 3
+    questions, mask = texts(lengths)
+    memory = model.question_memory(model.encode_image(images(18)), questions, mask)
+    answer_lengths = [4, 5, 5, 4, 5, 5, 4, 5]
+    answers, answer_mask = texts(answer_lengths)
+    rows = [answers[i, :length].tolist() for i, length in enumerate(answer_lengths)]
+    found = {}
+    for k, smoothing in ((1, 0.1), (3, 0.1), (128, 0.1), (128, 0.0), (128, 0.8)):
+        best = model.rank(memory, answers, answer_mask, k=k, label_smoothing=smoothing).tolist()
+        assert best == [slow_rank(model, memory, question, rows, k, smoothing) for question in range(18)]
+        found[k, smoothing] = best
+    assert found[1, 0.1] != found[128, 0.1], "the short list matters here"
+    assert found[128, 0.8] != found[128, 0.0], "and so does label smoothing"
+    assert model.rank(memory, answers, answer_mask).tolist() == found[128, 0.1], (
+        "on by default, as in the released code"
+    )
 
 
 @torch.no_grad()
