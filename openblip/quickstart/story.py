@@ -123,7 +123,7 @@ def tell(
 
     noisy = train("noisy", pretrain, [*web, *human], fresh)
     captioner = train("captioner", _seeded(config.caption, config.seed), human, load_pretrained(noisy))
-    held_out = human[:: config.held_out]  # the filter's scale is fitted to human pairs it was not trained on
+    held_out = human[:: config.held_out]  # the filter's scale is fitted to pairs it was not fine-tuned on
     seen = [row for row in human if row not in held_out]
     judge = train("filter", _seeded(config.retrieval, config.seed), seen, load_pretrained(noisy))
 
