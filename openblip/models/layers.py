@@ -38,9 +38,8 @@ def attend(
     q [B, H, L, d]; k, v [B, H, N, d]; mask broadcastable to [B, H, L, N], True where a query may look. With
     `weights`, the probabilities [B, H, L, N] are appended to that list and stay in the graph (Grad-CAM).
 
-    torch's fused kernel, but for bfloat16 on a CPU: there its backward pass is 2 to 10 times slower than
-    three plain operations at the sizes of this project, its forward 1 to 2 times (`benchmarks/attention.py`
-    measures both).
+    torch's fused kernel, but for bfloat16 on a CPU: there three plain operations take less time in nearly every
+    shape of this project, above all with the backward pass (docs/results.md; `benchmarks/attention.py` measures).
     """
     plain = weights is not None or (q.dtype is torch.bfloat16 and q.device.type == "cpu")
     if not plain:
