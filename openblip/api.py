@@ -21,6 +21,7 @@ from openblip.data.text import Tokenizer, clean_caption, clean_question
 from openblip.data.transforms import ImageTransform
 from openblip.hub import Pretrained, load_pretrained
 from openblip.models.blip import Blip
+from openblip.models.blip2 import Blip2
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.models.generation import GenerationConfig, stream
@@ -110,7 +111,7 @@ class Pipeline:
         repetition_penalty, length_penalty, num_return_sequences, seed. `seeds`: one per image, for sampling
         that does not depend on the batch.
         """
-        self._needs(Blip, "decoder", "captioning")
+        self._needs((Blip, Blip2), "decoder", "captioning")
         beams = 1 if generation.get("do_sample") else 3
         config = generation_config({"num_beams": beams, "max_new_tokens": 20, **generation})
         single, images = _listed(images)
@@ -125,7 +126,7 @@ class Pipeline:
 
     def caption_stream(self, image: Image, prompt: str | None = None, **generation: Any) -> Iterator[str]:
         """The caption of one image, piece by piece as it is written (greedy or sampled, no beams)."""
-        self._needs(Blip, "decoder", "captioning")
+        self._needs((Blip, Blip2), "decoder", "captioning")
         config = generation_config({"num_beams": 1, "max_new_tokens": 20, **generation})
         return self._pieces(image, prompt, config)
 
@@ -159,7 +160,7 @@ class Pipeline:
         One image may be given with many texts (arrays [texts], also for a single one), or one text with many
         images.
         """
-        self._needs(Blip, "encoder", "matching")
+        self._needs((Blip, Blip2), "encoder", "matching")
         single, images = _listed(images)
         if not images:
             raise UserError("match: no image given")
@@ -224,12 +225,14 @@ class Pipeline:
     def embed_images(self, images: Image | Sequence[Image]) -> np.ndarray:
         """float32 [B, P] ([P] for one image): token 0 projected and L2-normalised, the ITC vector.
 
-        Its dot product with `embed_texts` is the cosine that retrieval ranks by.
+        Its dot product with `embed_texts` is the cosine that retrieval ranks by. BLIP-2 gives one vector per
+        query, [B, Q, P]; there it is the largest of the Q dot products (see `similarity`).
         """
-        self._needs((Blip, Clip), "encoder", "embedding")
+        self._needs((Blip, Blip2, Clip), "encoder", "embedding")
         single, images = _listed(images)
         if not images:
-            return np.zeros((0, self._width), np.float32)
+            queries = [self.model.config.qformer.num_query_tokens] if isinstance(self.model, Blip2) else []
+            return np.zeros((0, *queries, self._width), np.float32)
         with torch.inference_mode():
             parts = [self.model.image_features(embeds).float().cpu() for embeds, _ in self.encoded(images)]
         vectors = torch.cat(parts).numpy()
@@ -237,7 +240,7 @@ class Pipeline:
 
     def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
         """float32 [R, P] ([P] for one text): [CLS] projected and L2-normalised (CLIP: the end-of-text token)."""
-        self._needs((Blip, Clip), "encoder", "embedding")
+        self._needs((Blip, Blip2, Clip), "encoder", "embedding")
         single, texts = (True, [texts]) if isinstance(texts, str) else (False, list(texts))
         if not texts:
             return np.zeros((0, self._width), np.float32)
@@ -245,6 +248,11 @@ class Pipeline:
             [self._text_features(texts[i : i + 64]).float().cpu().numpy() for i in range(0, len(texts), 64)]
         )
         return vectors[0] if single else vectors
+
+    def similarity(self, image_vectors: np.ndarray, text_vectors: np.ndarray) -> np.ndarray:
+        """What `embed_images` and `embed_texts` gave for B images and R texts -> cosines float32 [B, R]."""
+        images, texts = torch.from_numpy(image_vectors), torch.from_numpy(text_vectors)
+        return self.model.similarity(images, texts).numpy()
 
     def localize(self, image: Image, text: str, *, layer: int | None = None) -> Localization:
         """Where the ITM head looks for each token of the text: Grad-CAM of cross-attention (see `models.localize`)."""
@@ -306,13 +314,13 @@ class Pipeline:
         """texts: k of them for each of image_embeds [b, N, D] -> arrays [b, k]. The image is projected once."""
         flat = [clean_caption(text) for row in texts for text in row]
         tokens = self.tokens(flat)
-        shape = (len(texts), -1)
+        images, shape = len(texts), (len(texts), -1)
         memory = self.model.encoder_memory(embeds)
         logits = self.model.itm_logits(memory, tokens["input_ids"], tokens["attention_mask"])
-        features = self.model.text_features(tokens["input_ids"], tokens["attention_mask"]).view(
-            *shape, self._width
-        )
-        cosine = (self.model.image_features(embeds)[:, None] * features).sum(dim=-1)
+        features = self.model.text_features(tokens["input_ids"], tokens["attention_mask"])
+        every = self.model.similarity(self.model.image_features(embeds), features)  # [b, b · k]
+        own = torch.arange(images, device=every.device)
+        cosine = every.view(images, *shape)[own, own]
         probability = logits.float().softmax(dim=-1)[:, 1].view(shape)
         return Match(probability.cpu().numpy(), cosine.float().cpu().numpy())
 

@@ -3,9 +3,7 @@
 A user's mistake is one line on standard error and exit code 2; `--json` prints an answer for machines.
 """
 
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from openblip.cli_make import as_json, bootstrap, capfilt, print_answer, push, quickstart, train
 from openblip.config import UserError
 
 # Positional arguments, under the names that help shows them by.
@@ -21,143 +20,7 @@ ImagePath = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="IMAGE")]
 Texts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")]]
 Question = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="QUESTION")]]
 Query = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="QUERY")]]
-RecipeName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
 What = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="WHAT")]]
-
-
-def quickstart(
-    data: Path | None = None,
-    out: Path = Path("quickstart"),
-    seed: int = 0,
-    noise: float = 0.4,
-    human: int = 300,
-    test: int = 400,
-    json: bool = False,
-) -> None:
-    """Take noisy pairs, train BLIP, bootstrap the captions with CapFilt, train again, and show what it gained.
-
-    Args:
-        data: your own pictures with true captions (any layout `openblip info` understands); otherwise OpenMoji
-            drawings from registry packages.
-        out: folder for models, report.html and results.json; a second call goes on where the first one stopped.
-        seed: of the split, the planted noise, and all training.
-        noise: share of the web pairs whose captions are planted wrong.
-        human: how many pairs count as human-labelled.
-        test: how many pairs are kept for the test.
-        json: print the results as JSON.
-    """
-    from openblip.quickstart.run import run
-
-    results = run(data, out, seed=seed, noise=noise, human=human, test=test)
-    _answer(results, json, lambda: f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
-
-
-def train(
-    recipe: RecipeName,
-    data: Path,
-    out: Path,
-    split: str | None = None,
-    init: str | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    seed: int | None = None,
-    json: bool = False,
-) -> None:
-    """Train one stage. Interrupted, the same call goes on; under torchrun, several processes share the batches.
-
-    Args:
-        recipe: the name of a recipe (`openblip info` lists them), or a JSON file of one.
-        data: image-text pairs, questions, or whatever the stage needs.
-        out: run folder; the model lands in its `model` folder.
-        split: of the data.
-        init: model folder or hub name to begin with.
-        steps: optimizer steps, instead of the recipe's.
-        batch_size: pairs per step, instead of the recipe's.
-        lr: learning rate, instead of the recipe's.
-        seed: instead of the recipe's.
-        json: print where the model is and the last losses as JSON.
-    """
-    from dataclasses import replace
-
-    from openblip.config import load_json
-    from openblip.data.sources import open_source
-    from openblip.recipes import Recipe, recipe_named
-    from openblip.train.stage import run_stage
-
-    chosen = load_json(Recipe, recipe) if recipe.endswith(".json") else recipe_named(recipe)
-    given = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if "max_steps" in changes:
-        changes["warmup_steps"] = min(chosen.train.warmup_steps, changes["max_steps"])
-    if "lr" in changes:
-        changes["min_lr"] = min(chosen.train.min_lr, changes["lr"])
-        changes["warmup_lr"] = min(chosen.train.warmup_lr, changes["lr"])
-    chosen = replace(chosen, train=replace(chosen.train, **changes), init=init or chosen.init)
-    result = run_stage(chosen, open_source(str(data), split=split), out)
-    answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
-    _answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
-
-
-def capfilt(
-    data: Path,
-    out: Path,
-    captioner: str,
-    filter: str,
-    split: str | None = None,
-    captions: int = 1,
-    prompt: str | None = None,
-    top_p: float = 0.9,
-    threshold: float = 0.5,
-    top_k: int | None = None,
-    human: Path | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-    json: bool = False,
-) -> None:
-    """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
-
-    Args:
-        data: web pairs, any layout `openblip info` understands.
-        out: job folder: scores, report.html, and the cleaned data as parquet and webdataset tars.
-        captioner: a captioning model (folder or hub name).
-        filter: a retrieval model.
-        split: of the data.
-        captions: written per picture.
-        prompt: begin of every written caption; the captioner's own if not given.
-        top_p: of nucleus sampling.
-        threshold: keep texts with at least this P(match); may be changed later without judging again.
-        top_k: BLIP-2's rule instead: keep each picture's k best texts by ITC similarity.
-        human: human-labelled pairs to add unchanged.
-        seed: with a picture's id, decides what is sampled.
-        batch_size: pictures at a time.
-        json: print the counts as JSON.
-    """
-    from dataclasses import replace
-
-    from openblip.api import load
-    from openblip.curate import dataset, engine
-    from openblip.curate.capfilt import CapFilt, CapFiltConfig, nucleus
-    from openblip.curate.report import write_report
-    from openblip.data.sources import open_source
-
-    generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
-    worker = CapFilt(load(captioner), load(filter), CapFiltConfig(generation, prompt, seed))
-    source = open_source(str(data), split=split)
-    result = engine.run(worker, source, out, batch_size=batch_size)
-    extra = open_source(str(human)) if human else None
-    for written in (
-        out / "parquet",
-        out / "webdataset",
-    ):  # by this command before, perhaps at another threshold
-        shutil.rmtree(written, ignore_errors=True)
-    rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
-    if top_k is not None:
-        rule = {"rule": "top_k", "k": top_k}
-    dataset.write_parquet(out, source, out / "parquet", human=extra, **rule)
-    dataset.write_webdataset(out, source, out / "webdataset", human=extra, **rule)
-    write_report(out, source, out / "report.html", threshold=threshold)
-    _answer(vars(result), json, lambda: f"report: {out / 'report.html'}")
 
 
 def caption(
@@ -194,7 +57,7 @@ def caption(
     options |= {"do_sample": True, "top_p": top_p, "seed": seed} if do_sample else {"num_beams": num_beams}
     written = load(model).caption(list(images), prompt, **options)
     answer = {str(image): text for image, text in zip(images, written, strict=True)}
-    _answer(answer, json, lambda: "\n".join(f"{image}: {text}" for image, text in answer.items()))
+    print_answer(answer, json, lambda: "\n".join(f"{image}: {text}" for image, text in answer.items()))
 
 
 def match(image: ImagePath, texts: Texts, model: str, json: bool = False) -> None:
@@ -213,7 +76,7 @@ def match(image: ImagePath, texts: Texts, model: str, json: bool = False) -> Non
         {"text": text, "probability": float(p), "cosine": float(c)}
         for text, p, c in zip(texts, found.probability, found.cosine, strict=True)
     ]
-    _answer(
+    print_answer(
         answer,
         json,
         lambda: "\n".join(f"{a['probability']:.3f}  {a['cosine']:.3f}  {a['text']}" for a in answer),
@@ -239,7 +102,7 @@ def vqa(
     from openblip.api import load
 
     said = load(model).answer(image, question, answers=list(answers) or None)
-    _answer({"question": question, "answer": said}, json, lambda: str(said))
+    print_answer({"question": question, "answer": said}, json, lambda: str(said))
 
 
 def search(
@@ -254,18 +117,21 @@ def search(
         model: a retrieval model (folder or hub name).
         split: of the data.
         top: how many to show.
-        rerank: how many of the best by cosine the ITM head looks at; 0: none.
+        rerank: how many of the best by cosine the ITM head looks at; 0: none. CLIP has no such head.
         json: print a list of {id, score, cosine} as JSON.
     """
     from openblip.api import load
     from openblip.data.rows import BadRows
     from openblip.data.sources import open_source
-    from openblip.search.scan import scan
+    from openblip.search.scan import can_rerank, scan
 
     bad = BadRows()
     source = open_source(str(data), split=split, require_captions=False)
-    found = scan(load(model), source, query, top=top, rerank=rerank, bad=bad)
-    _answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
+    pipeline = load(model)
+    found = scan(pipeline, source, query, top=top, rerank=rerank, bad=bad)
+    print_answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
+    if rerank and not can_rerank(pipeline):
+        print("this model has no ITM head: ranked by cosine alone", file=sys.stderr)
     if bad.total:
         print(f"{bad.total} rows could not be read: {dict(bad.counts)}", file=sys.stderr)
 
@@ -305,8 +171,8 @@ def eval(
         figures = benchmarks.vqa(pipeline, rows, num_beams=num_beams)
     record = {"task": task, "model": model, "data": str(data), "split": split, "k": k, "num_beams": num_beams}
     if out is not None:
-        out.write_text(_json({**record, "figures": figures}), encoding="utf-8")
-    _answer(
+        out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
+    print_answer(
         figures,
         json,
         lambda: _lines({name: v for name, v in figures.items() if name not in ("captions", "answers")}),
@@ -343,15 +209,7 @@ def info(what: What = "", json: bool = False) -> None:
 
         source = open_source(what)
         found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
-    _answer(found, json, lambda: _lines(found))
-
-
-def _answer(value: Any, as_json: bool, text: Callable[[], str]) -> None:
-    print(_json(value) if as_json else text())
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    print_answer(found, json, lambda: _lines(found))
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> str:
@@ -370,12 +228,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "train": train,
     "capfilt": capfilt,
+    "bootstrap": bootstrap,
     "caption": caption,
     "match": match,
     "vqa": vqa,
     "search": search,
     "eval": eval,
     "info": info,
+    "push": push,
 }
 
 

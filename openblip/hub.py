@@ -1,6 +1,7 @@
 """Models in folders: ours, transformers', and by name from the Hugging Face hub.
 
-    config.json          model_type, our version, the model's configuration, image transform, facts about it
+    config.json          model_type, our version, the model's configuration, image transform, facts about it,
+                         and the frozen parts that are named instead of held (see `convert.frozen`)
     model.safetensors    weights; what several modules share is there once; above 5 GB in several files
     tokenizer.json       if there is a tokenizer
     README.md            the model card
@@ -12,7 +13,7 @@ refused, with the names of those that do not; `Pretrained.report` says what beca
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from openblip import __version__
 from openblip.config import UserError, from_dict, save_json, to_dict
+from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
 from openblip.convert.huggingface import from_huggingface, to_huggingface
 from openblip.convert.huggingface_config import image_transform
 from openblip.convert.weights import (
@@ -33,13 +35,18 @@ from openblip.convert.weights import (
     fill_,
     merge_tied_,
     resize_positions_,
+    tied_in,
     tied_names,
 )
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
+from openblip.model_card import model_card
+from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their <name>.index.json, which lists several
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json")
 
 
@@ -47,11 +54,12 @@ _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokeni
 class Pretrained:
     """A model as it was saved, in eval mode, and what belongs to it."""
 
-    model: Any  # Blip, BlipVqa, BlipNlvr, Clip, VisionTransformer or HuggingFaceVision
+    model: Any  # of `convert.weights.SYSTEMS`
     tokenizer: Tokenizer | None
     transform: ImageTransform | None
     info: dict[str, Any]
     report: LoadReport
+    frozen: dict[str, str] = field(default_factory=dict)  # parts that came from elsewhere: {module: source}
 
 
 @dataclass
@@ -63,6 +71,7 @@ class _Card:
     model: dict[str, Any]
     image_transform: ImageTransform | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, FrozenPart] = field(default_factory=dict)
 
 
 def save_pretrained(
@@ -72,6 +81,8 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     transform: ImageTransform | None = None,
     info: dict[str, Any] | None = None,
+    frozen: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model of `convert.weights.SYSTEMS` to `folder`, over what was saved there before.
 
@@ -81,9 +92,12 @@ def save_pretrained(
     Args:
         info: what is worth knowing, as JSON can hold it; the model card shows "trained_on" (a text),
             "metrics" ({name: number}) and the rest as a list.
+        frozen: modules to name and not to save, {module: source of `convert.frozen`}.
+        dtype: of the file; None keeps the model's.
 
     Raises:
-        UserError: a model of another kind, a tokenizer that does not belong to it, no place for a folder.
+        UserError: a model of another kind, a tokenizer that does not belong to it, no place for a folder, a
+            frozen part or source that is not known.
         ConfigError: `info` holds something JSON cannot.
     """
     kind = next(
@@ -92,20 +106,22 @@ def save_pretrained(
     if kind is None:
         raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
     _check_tokenizer(tokenizer, model.config, "save_pretrained")
-    card = _Card(kind, __version__, to_dict(model.config), transform, info or {})
     weights = model.state_dict()
     for _, *others in tied_names(model):
         for name in others:
             del weights[name]
+    named = leave_out_(weights, frozen or {})
+    card = _Card(kind, __version__, to_dict(model.config), transform, info or {}, named)
+    if dtype is not None:
+        weights = {name: v.to(dtype) if v.is_floating_point() else v for name, v in weights.items()}
 
     def write(part: Path) -> None:
         save_json(card, part / "config.json")
         _save_weights(weights, part)
         if tokenizer is not None:
             tokenizer.save(part)
-        (part / "README.md").write_text(
-            _model_card(model, card, Path(folder).resolve().name), encoding="utf-8"
-        )
+        page = model_card(model, kind, Path(folder).resolve().name, __version__, card.info)
+        (part / "README.md").write_text(page, encoding="utf-8")
 
     _publish(Path(folder), write)
 
@@ -165,9 +181,12 @@ def _load_ours(
         )
     settings: Any = from_dict(SYSTEMS[card.model_type][0], card.model, f"{where}/config.json: model")
     model = empty_model(settings, image_size)
-    groups = tied_names(model)
+    groups = tied_in(model, weights)
     merge_tied_(weights, groups, where)
     report = LoadReport(where, loaded=sorted(weights))
+    bring_in_(weights, card.frozen, settings, where)
+    sources: dict[str, str] = {module: part.source for module, part in card.frozen.items()}
+    report.notes += [f"{module} comes from {source}, as in training" for module, source in sources.items()]
     for owner, *others in groups:
         if owner in weights:
             weights |= dict.fromkeys(others, weights[owner])
@@ -175,7 +194,7 @@ def _load_ours(
     report.interpolated = resize_positions_(weights, model.state_dict())
     fill_(model, weights, where)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return Pretrained(model, tokenizer, card.image_transform, card.info, report)
+    return Pretrained(model, tokenizer, card.image_transform, card.info, report, sources)
 
 
 def _load_theirs(
@@ -187,17 +206,76 @@ def _load_theirs(
     vision = getattr(model.config, "vision", model.config)
     transform, notes = image_transform(config["model_type"], vision.image_size, processor)
     report.notes += notes
-    tokenizer = None
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        tokenizer = Tokenizer.load(folder)
-    elif hasattr(model.config, "text"):
+    tokenizer, place = None, folder
+    if isinstance(model, Blip2Llm):  # InstructBLIP keeps the Q-Former's beside that of the language model
+        place = folder / "qformer_tokenizer"
+        report.notes.append(
+            "the language model's own tokenizer is data.prompts.LmTokenizer.load of this folder"
+        )
+    if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        tokenizer = Tokenizer.load(place)
+    elif getattr(model.config, "qformer_text", hasattr(model.config, "text")):
         report.notes.append("no tokenizer in this folder")
     return Pretrained(model, tokenizer, transform, {"converted_from": report.layout}, report)
 
 
+def push_to_hub(
+    model: str | Path | Pretrained, repo_id: str, *, private: bool = False, token: str | None = None
+) -> str:
+    """Upload a model folder of ours, or a loaded model, to the Hugging Face hub; returns the address.
+
+    The folder is loaded first, so that nothing incomplete is published. `load_pretrained(repo_id)` gets it back.
+
+    Args:
+        repo_id: "owner/name"; made if it is not there, and what it holds of a model is replaced if it is.
+        private: whether a new one is; the visibility of one that is there stays.
+        token: with the right to write; otherwise HF_TOKEN, or that of `hf auth login`.
+
+    Raises:
+        UserError: no complete folder of ours, no such name, or the hub refuses; with its first line of why.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if not _NAME.fullmatch(repo_id):
+        raise UserError(f"{repo_id}: a name on the Hugging Face hub looks like owner/name")
+    if isinstance(model, Pretrained):
+        with tempfile.TemporaryDirectory() as beside:
+            folder = Path(beside) / repo_id.partition("/")[2]
+            save_pretrained(
+                model.model, folder, tokenizer=model.tokenizer, transform=model.transform, info=model.info,
+                frozen=model.frozen,
+            )  # fmt: skip
+            return push_to_hub(folder, repo_id, private=private, token=token)
+    folder = Path(model).expanduser()
+    if "openblip_version" not in _read_object(folder / "config.json"):
+        raise UserError(
+            f"{folder}: not a folder of openblip's; load it and save it with save_pretrained first"
+        )
+    load_pretrained(folder)
+    files = [
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "model*.safetensors",
+        "model*.safetensors.index.json",
+    ]
+    hub = HfApi(token=token)
+    try:
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=files, delete_patterns=files[-2:],
+            commit_message=f"A model saved by openblip {__version__}",
+        )  # fmt: skip
+    except (OSError, ValueError, HfHubHTTPError, HTTPError) as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{repo_id}: the hub did not take it: {why[0]}") from None
+    return str(address)
+
+
 def _check_tokenizer(tokenizer: Tokenizer | None, config: Any, where: str) -> None:
     """Wrong ids are no crash but nonsense, so they are looked for here."""
-    text = getattr(config, "text", None)
+    text = getattr(config, "qformer" if getattr(config, "qformer_text", False) else "text", None)
     if tokenizer is None or text is None:
         return
     pairs = [
@@ -212,10 +290,10 @@ def _check_tokenizer(tokenizer: Tokenizer | None, config: Any, where: str) -> No
             raise UserError(
                 f"{where}: the tokenizer's {theirs} is {got}, the model's {ours} {wanted}: no match"
             )
-    if tokenizer.vocab_size > text.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {text.vocab_size}"
-        )
+    # The words stand before [DEC]; what stands behind it, [ENC], no Q-Former is given.
+    tokens = text.dec_token_id + 1 if isinstance(text, QFormerConfig) else tokenizer.vocab_size
+    if tokens > text.vocab_size:
+        raise UserError(f"{where}: the tokenizer has {tokens} tokens, the model knows {text.vocab_size}")
 
 
 def _find_folder(name_or_folder: str | Path) -> Path:
@@ -224,7 +302,7 @@ def _find_folder(name_or_folder: str | Path) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{folder}: a file; wanted the folder it is in, with config.json and the weights")
-    if isinstance(name_or_folder, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_folder):
+    if isinstance(name_or_folder, Path) or not _NAME.fullmatch(name_or_folder):
         raise UserError(f"{folder}: no such folder (a name on the Hugging Face hub looks like owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -313,71 +391,3 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
             stale.unlink()
         for file in sorted(Path(beside).iterdir(), key=lambda path: path.name == "config.json"):
             file.replace(folder / file.name)
-
-
-_CARD = """---
-library_name: openblip
-tags: [{kind}, image-text]
----
-
-# {name}
-
-A model that {use}. {cls} with {millions:.1f}M parameters, for images of
-{side} x {side} pixels; saved by openblip {version}.
-
-```python
-import openblip
-
-model = openblip.load("path/to/this/folder")
-{example}
-```
-
-## Trained on
-
-{trained_on}
-"""
-
-_MATCHING = (
-    "says how well a text fits an image and embeds both for search",
-    'model.match("a.jpg", "a dog on a beach")',
-)
-_USES = {  # what it is for, and a line of code
-    "captioner": ("captions images", 'model.caption("a.jpg")'),
-    "retrieval": _MATCHING,
-    "blip": (f"captions images, {_MATCHING[0]}", f'model.caption("a.jpg")\n{_MATCHING[1]}'),
-    "blip_vqa": ("answers questions about images", 'model.answer("a.jpg", "what is the dog doing?")'),
-    "blip_nlvr": ("says whether a sentence is true of two images", "model.model  # the BlipNlvr"),
-    "clip": ("embeds images and texts for search", 'model.embed_images("a.jpg")'),
-    "vit": ("turns an image into tokens", "model.model  # the VisionTransformer"),
-}
-
-
-def _model_card(model: Any, card: _Card, name: str) -> str:
-    """README.md of a saved model: what it is, how to load it, what it was trained on, its figures."""
-    config, kind = model.config, card.model_type
-    if kind == "blip" and not (config.encoder and config.decoder):
-        kind = "retrieval" if config.encoder else "captioner"
-    use, example = _USES[kind]
-    info = dict(card.info)
-    trained_on, metrics = info.pop("trained_on", "Not stated."), info.pop("metrics", {})
-    text = _CARD.format(
-        kind=card.model_type,
-        name=name,
-        use=use,
-        cls=type(model).__name__,
-        millions=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        side=getattr(config, "vision", config).image_size,
-        version=card.openblip_version,
-        example=example,
-        trained_on=trained_on,
-    )
-    if metrics:
-        rows = [
-            f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |"
-            for key, value in metrics.items()
-        ]
-        text += "\n".join(["\n## Figures\n", "| metric | value |", "|---|---|", *rows, ""])
-    if info:
-        rows = [f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in info.items()]
-        text += "\n".join(["\n## More\n", *rows, ""])
-    return text

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from openblip.config import UserError
+from openblip.config import ConfigError, UserError
 from openblip.models.blip import BlipConfig
 from openblip.models.blip import blip_base as base_model
 from openblip.models.blip import blip_large as large_model
+from openblip.models.blip2 import Blip2Config
 from openblip.models.clip import ClipConfig
+from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 from openblip.train.config import TrainConfig
 from openblip.train.tasks import BlipTaskConfig
+from openblip.train.tasks_blip2 import Blip2TaskConfig
 
-Stage = Literal["clip", "pretrain", "retrieval", "caption", "vqa", "nlvr"]
+Stage = Literal["clip", "pretrain", "retrieval", "caption", "vqa", "nlvr", "blip2_stage1"]
 
 
 @dataclass
@@ -35,9 +38,9 @@ class Augment:
 class Recipe:
     """One training stage: what is trained, on what kind of rows, and how.
 
-    stage: which task. model: geometry of a BLIP model (every stage but "clip"). init: a model folder or hub
-        name whose weights it begins with. vision_init, text_init: real pretrained parts from registry
-        packages.
+    stage: which task. model, clip, blip2: geometry of the model it trains, see `system`. task, blip2_task: its
+        losses. init: a model folder or hub name whose weights it begins with. vision_init, text_init: real
+        pretrained parts from registry packages.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
@@ -50,7 +53,9 @@ class Recipe:
     train: TrainConfig
     model: BlipConfig = field(default_factory=base_model)
     clip: ClipConfig | None = None
+    blip2: Blip2Config | None = None
     task: BlipTaskConfig = field(default_factory=BlipTaskConfig)
+    blip2_task: Blip2TaskConfig = field(default_factory=Blip2TaskConfig)
     init: str | None = None
     tokenizer: str | None = None
     vision_init: Literal["dinov2_small"] | None = None
@@ -62,6 +67,15 @@ class Recipe:
     prompt: str = ""
     bucket: bool = False
     workers: int = 2
+
+    @property
+    def system(self) -> BlipConfig | ClipConfig | Blip2Config:
+        """The geometry that counts for this stage. Raises ConfigError if the recipe lacks it."""
+        field = {"clip": "clip", "blip2_stage1": "blip2"}.get(self.stage, "model")
+        found = getattr(self, field)
+        if found is None:
+            raise ConfigError(f"{self.stage}: the recipe needs its geometry, `{field}`")
+        return found
 
 
 def clip_b16() -> Recipe:
@@ -132,6 +146,36 @@ def nlvr2() -> Recipe:
     return Recipe("nlvr", train, model=model, augment=Augment(crop=(0.5, 1.0)), max_length=40)
 
 
+def blip2_stage1() -> Recipe:
+    """BLIP-2 stage 1 with a frozen ViT-L: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix)."""
+    train = TrainConfig(
+        max_steps=250_000, batch_size=2320, lr=1e-4, warmup_steps=2000, betas=(0.9, 0.98), precision="bf16",
+        clip_norm=None, save_every=1000,
+    )  # fmt: skip
+    augment = Augment(crop=(0.5, 1.0), randaugment=False)
+    return Recipe("blip2_stage1", train, blip2=Blip2Config(), augment=augment, max_length=32)
+
+
+def blip2_stage1_small() -> Recipe:
+    """BLIP-2 stage 1 for two CPU cores: frozen DINOv2 ViT-S/14 at 224 px, Q-Former from MiniLM (6 x 384)."""
+    vision = VisionConfig(
+        image_size=224, patch_size=14, hidden_size=384, num_hidden_layers=9, num_attention_heads=6,
+        intermediate_size=1536, layer_scale=1.0,
+    )  # fmt: skip
+    qformer = QFormerConfig(
+        vocab_size=30524, hidden_size=384, num_hidden_layers=6, intermediate_size=1536, freeze_words=True
+    )
+    train = TrainConfig(
+        max_steps=3000, batch_size=64, lr=1e-3, min_lr=2e-5, warmup_steps=100, betas=(0.9, 0.98),
+        precision="bf16", log_every=20, save_every=200,
+    )  # fmt: skip
+    task = Blip2TaskConfig(match_ids=True, negative_floor=0.1, text_lr_scale=0.3)
+    return Recipe(
+        "blip2_stage1", train, blip2=Blip2Config(vision, qformer), blip2_task=task, vision_init="dinov2_small",
+        text_init="minilm", augment=None, calibrate=256, bucket=True, max_length=30,
+    )  # fmt: skip
+
+
 def small_pretrain() -> Recipe:
     """BLIP pre-training that fits two CPU cores: frozen DINOv2 ViT-S/14 at 112 px, text from MiniLM (6 x 384)."""
     text = TextConfig(
@@ -182,7 +226,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function
     for function in (
         clip_b16, blip_base, blip_large, retrieval_coco, retrieval_flickr, caption_coco, vqa_v2, nlvr2,
-        small_pretrain, small_retrieval, small_caption,
+        blip2_stage1, blip2_stage1_small, small_pretrain, small_retrieval, small_caption,
     )
 }  # fmt: skip
 

@@ -5,7 +5,11 @@
 #
 # WEB, HUMAN, TEST: folders of pictures with captions (any layout `openblip info FOLDER` understands): many noisy ones,
 # a few that people wrote, and some to measure on. OUT: where everything goes. Every step resumes: run it again after
-# an interruption and what is finished is not done again. Needs `pip install -e ".[demo]"` and requirements/parts.txt.
+# an interruption and what is finished is not done again. Steps 2 to 5 in one command, and for more rounds than one:
+#
+#   openblip bootstrap --data WEB --human HUMAN --out OUT --rounds 2
+#
+# Needs `pip install -e ".[demo]"` and requirements/parts.txt.
 set -euo pipefail
 web=$1 human=$2 test=$3 out=$4
 mkdir -p "$out"

@@ -40,18 +40,22 @@ IMPORTS = [
     ("models.localize", f"{BRICKS} models.blip"),          # reads BLIP's cross-attention
     ("models", f"config {BRICKS}"),                        # no other system, no data, no training
     ("train.objectives", ""),                              # losses see tensors only
-    ("train.tasks", f"config models train.objectives {PLUMBING}"),  # a model and its losses
+    ("train.tasks", f"config models train.objectives train.matching {PLUMBING}"),  # a model and its losses
+    ("train.tasks_blip2", f"config models train.objectives train.tasks train.matching {PLUMBING}"),
+    ("train.matching", f"models train.objectives {PLUMBING}"),  # one ITM for BLIP and BLIP-2
     ("train.start", "config models"),                      # weights of one model into another
     ("train.stage", f"{OPEN} recipes train"),              # a recipe and rows to a saved model
     ("train", f"config {PLUMBING}"),                       # tasks by protocol, no model by name
-    ("recipes", "config models train.config train.tasks"), # full configurations, and nothing else
+    ("recipes", "config models train.config train.tasks train.tasks_blip2"), # full configurations, and nothing else
     ("convert", "config data models convert"),             # other layouts into ours and back
-    ("hub", "config data models convert"),                 # a folder of weights; it trains nothing
+    ("model_card", ""),                                    # words about a model it is given
+    ("hub", "config data models convert model_card"),      # a folder of weights; it trains nothing
     ("api", f"{OPEN} picture"),                            # what a user holds trains nothing
     ("search", f"{USE} search"),                           # an index uses models, it makes none
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end
+    ("cli_make", "*"),                                     # half of the roof
     ("cli", "*"),                                          # the roof stands on everything
 ]
 # fmt: on

@@ -12,6 +12,9 @@ import openblip
 from openblip import cli
 from openblip.config import save_json
 from openblip.data.sources import open_source
+from openblip.hub import load_pretrained
+from openblip.recipes import Recipe, recipe_named
+from openblip.train.config import TrainConfig
 from tests.tiny_models import picture_folder, question_folder, save_blip, save_clip, save_vqa
 from tests.tiny_recipes import tiny_recipe
 
@@ -137,6 +140,84 @@ def test_without_json_answers_are_lines_for_people(root, capsys):
     assert "rows: 8" in capsys.readouterr().out
 
 
+def test_bootstrap_hands_on_what_it_was_told(root, answer, monkeypatch, tmp_path):
+    told = {}
+
+    def run_rounds(web, human, out, config, **options):
+        told.update(options, web=len(web), human=len(human), out=out, config=config)
+        return [{"round": 1, "model": "x"}, {"round": 2, "model": "y"}]
+
+    monkeypatch.setattr("openblip.curate.rounds.run_rounds", run_rounds)
+    save_json(tiny_recipe("caption", 5), tmp_path / "caption.json")
+    call = [
+        "bootstrap",
+        "--data",
+        root / "data",
+        "--split",
+        "train",
+        "--human",
+        root / "data",
+        "--out",
+        tmp_path,
+    ]
+    call += [
+        "--rounds",
+        2,
+        "--caption",
+        tmp_path / "caption.json",
+        "--threshold",
+        0.7,
+        "--captions",
+        3,
+        "--seed",
+        9,
+    ]
+    assert [one["model"] for one in answer(*call, "--model", root / "blip")] == ["x", "y"]
+    assert (told["web"], told["human"], told["rounds"], told["out"]) == (4, 8, 2, tmp_path)
+    assert told["model"] == str(root / "blip") and told["batch_size"] == 32
+    config = told["config"]
+    assert config.caption.train.max_steps == 5 and config.pretrain == recipe_named("small_pretrain")
+    assert (config.threshold, config.capfilt.seed, config.capfilt.generation.num_return_sequences) == (
+        0.7,
+        9,
+        3,
+    )
+
+
+def test_push_says_where_it_is(root, answer, mistake, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(
+        "openblip.hub.push_to_hub",
+        lambda *of, **how: told.append((*of, how)) or "https://hub.example/ann/blip",
+    )
+    assert answer("push", root / "blip", "ann/blip", "--private") == {"url": "https://hub.example/ann/blip"}
+    assert told == [(root / "blip", "ann/blip", {"private": True})]
+    monkeypatch.undo()
+    assert "no config.json" in mistake("push", tmp_path, "ann/blip")
+
+
+def test_train_takes_a_vocabulary_for_clip(root, answer, mistake, tmp_path):
+    geometry = load_pretrained(root / "clip").model.config
+    train = TrainConfig(max_steps=1, batch_size=2, save_every=None)
+    save_json(Recipe("clip", train, clip=geometry, augment=None, workers=0), tmp_path / "clip.json")
+    call = ("train", tmp_path / "clip.json", "--data", root / "data", "--out", tmp_path / "run")
+    assert "vocabulary" in mistake(*call)
+    assert answer(*call, "--tokenizer", root / "clip")["step"] == 1
+    assert answer("info", tmp_path / "run/model")["model"] == "Clip"
+
+
+def test_search_with_clip_ranks_by_cosine_and_says_so(root, capsys):
+    call = ["search", "red", "--data", str(root / "data"), "--model", str(root / "clip"), "--json"]
+    cli.main(call)
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert len(found) == 8 and all(hit["score"] == hit["cosine"] for hit in found)
+    assert "no ITM head: ranked by cosine alone" in said.err
+    cli.main([*call, "--rerank", "0"])
+    again = capsys.readouterr()
+    assert json.loads(again.out) == found and again.err == "", "nobody asked for more"
+
+
 def test_search_finds_and_says_what_it_could_not_read(root, answer, capsys, tmp_path):
     call = ("search", "a red circle", "--data", root / "data", "--model", root / "filter")
     found = answer(*call, "--top", 3)
@@ -199,6 +280,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(root, mistake, tmp_path):
     assert "absent.json" in mistake("train", tmp_path / "absent.json", *data, "--out", tmp_path / "run")
     (tmp_path / "odd.json").write_text('{"stage": "pretrain", "train": {"max_step": 3}}')
     assert "max_steps" in mistake("train", tmp_path / "odd.json", *data, "--out", tmp_path / "run")
+    line = mistake("train", "small_caption", *data, "--out", tmp_path / "run")
+    assert "caption: fine-tunes a pre-trained model" in line and "--init" in line
     assert "noise" in mistake("quickstart", *data, "--noise", 2, "--out", tmp_path / "story")
     models = ("--captioner", root / "filter", "--filter", root / "filter")
     assert "captioner" in mistake("capfilt", *data, "--out", tmp_path / "job", *models)
@@ -240,7 +323,7 @@ assert not heavy, heavy
 
 POSITIONAL = {
     "recipe": "RECIPE", "images": "IMAGE ...", "image": "IMAGE", "texts": "TEXT ...", "question": "QUESTION",
-    "query": "QUERY", "what": "WHAT", "task": "{retrieval,caption,vqa}",
+    "query": "QUERY", "what": "WHAT", "task": "{retrieval,caption,vqa}", "folder": "FOLDER", "name": "OWNER/NAME",
 }  # fmt: skip
 
 
@@ -248,7 +331,7 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     top, *pages = done.stdout.split("===== \n")[-1].split("===== ")
-    assert len(pages) == len(cli.COMMANDS) == 9
+    assert len(pages) == len(cli.COMMANDS) == 11
     for (name, command), page in zip(cli.COMMANDS.items(), pages, strict=True):
         assert page.startswith(name) and name in top
         parameters = inspect.signature(command).parameters

@@ -6,6 +6,7 @@ import torch
 from openblip.config import UserError, from_dict, to_dict
 from openblip.models.blip import Blip, without_decoder
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
+from openblip.models.blip2 import Blip2
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip
 from openblip.recipes import RECIPES, Recipe, recipe_named
@@ -99,6 +100,7 @@ def test_every_recipe_describes_a_model_that_can_be_built(name):
             "caption": lambda: Blip(recipe.model),
             "vqa": lambda: BlipVqa(BlipVqaConfig(vision, text)),
             "nlvr": lambda: BlipNlvr(BlipNlvrConfig(vision, text)),
+            "blip2_stage1": lambda: Blip2(recipe.blip2),
         }[recipe.stage]()
     limit = (recipe.clip.text if recipe.clip else text).max_position_embeddings
     assert recipe.max_length <= limit

@@ -10,8 +10,10 @@ from openblip.api import Pipeline
 from openblip.data.text import Tokenizer, bert_uncased
 from openblip.data.transforms import ImageTransform
 from openblip.hub import save_pretrained
+from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
+from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 from tests.curate.made import tiny_blip
@@ -36,6 +38,15 @@ def save_blip(folder: Path, seed: int = 1, **parts: bool) -> Path:
 def save_vqa(folder: Path) -> Path:
     torch.manual_seed(3)
     model = BlipVqa(BlipVqaConfig(VISION, TEXT))
+    _liven_(model)
+    save_pretrained(model, folder, tokenizer=bert_uncased(), transform=ImageTransform(image_size=32))
+    return folder
+
+
+def save_blip2(folder: Path, seed: int = 5) -> Path:
+    torch.manual_seed(seed)
+    text = QFormerConfig(30524, 16, 2, 2, 32, dropout=0.0, num_query_tokens=3)
+    model = Blip2(Blip2Config(VISION, text, projection_dim=8))
     _liven_(model)
     save_pretrained(model, folder, tokenizer=bert_uncased(), transform=ImageTransform(image_size=32))
     return folder

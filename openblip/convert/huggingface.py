@@ -1,11 +1,14 @@
 """transformers' checkpoints <-> ours: one table of names per architecture, one walker for all of them.
 
-    transformers class                  ours                                model_type there
-    BlipForConditionalGeneration        Blip without encoder (captioner)    blip
-    BlipForImageTextRetrieval           Blip without decoder (ITC + ITM)    blip
-    BlipForQuestionAnswering            BlipVqa                             blip
-    CLIPModel                           Clip                                clip
-    Dinov2Model                         VisionTransformer                   dinov2
+    transformers class                    ours                                model_type there
+    BlipForConditionalGeneration          Blip without encoder (captioner)    blip
+    BlipForImageTextRetrieval             Blip without decoder (ITC + ITM)    blip
+    BlipForQuestionAnswering              BlipVqa                             blip
+    Blip2ForImageTextRetrieval            Blip2 without decoder (ITC + ITM)   blip-2
+    Blip2ForConditionalGeneration         Blip2Llm (and Blip2Model's names)   blip-2
+    InstructBlipForConditionalGeneration  Blip2Llm with qformer_text          instructblip
+    CLIPModel                             Clip                                clip
+    Dinov2Model                           VisionTransformer                   dinov2
 
 Where transformers and the released BLIP code part ways, and what happens here:
 
@@ -15,6 +18,11 @@ Where transformers and the released BLIP code part ways, and what happens here:
   answer does not depend on what else is in the batch.
 - `layer_norm_eps` of the vision tower is 1e-6 in the released code and 1e-5 in transformers; the folder's own
   value is kept, so that a converted model answers as it did.
+- The norm behind the vision tower of BLIP-2 is part of the bridge, our `ln_vision`. Its epsilon is 1e-5 in the
+  released code, and in transformers that of the tower, 1e-6; the folder's own is kept here too.
+- BLIP-2 has no head there for a Q-Former that writes (ITG); what [CLS], [SEP] and [DEC] are is in none of its files.
+- The soft prompt stands there in the place of `image_token_index` in the prompt, here always before it.
+- T5's output layer is tied by transformers' configuration, whatever it says; with another one in the file it is not.
 - The pooled output, normalised twice there, is used by none of these models and does not exist here.
 - CLIP's `eos_token_id` 2, a mistake in old files, means "the largest id", which is the end of text.
 """
@@ -29,114 +37,32 @@ from torch import Tensor, nn
 
 from openblip.config import UserError
 from openblip.convert import huggingface_config as configs
-from openblip.convert.weights import LoadReport, empty_model, fill_, merge_tied_, refuse, resize_positions_
+from openblip.convert import huggingface_names as tables
+from openblip.convert.huggingface_names import Names
+from openblip.convert.weights import (
+    LM,
+    LoadReport,
+    empty_model,
+    fill_,
+    merge_tied_,
+    refuse,
+    resize_positions_,
+    tied_in,
+    tied_names,
+)
 from openblip.models.blip import Blip
+from openblip.models.blip2 import Blip2
+from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.models.vit import VisionTransformer
 
-# Our module or parameter -> theirs; several of theirs are one of ours, stacked. {} is the number of the layer.
-Names = dict[str, str | tuple[str, ...]]
-
-
-def _vision(prefix: str, qkv: str | tuple[str, ...], out: str) -> Names:
-    """The ViT of BLIP and CLIP, and CLIP's text blocks; what differs is how attention is called."""
-    layer = f"{prefix}encoder.layers.{{}}."
-    heads = tuple(layer + name for name in qkv) if isinstance(qkv, tuple) else layer + qkv
-    return {
-        "class_embedding": f"{prefix}embeddings.class_embedding",
-        "patch_embedding": f"{prefix}embeddings.patch_embedding",
-        "position_embedding": f"{prefix}embeddings.position_embedding",
-        "blocks.{}.norm1": f"{layer}layer_norm1",
-        "blocks.{}.attention.qkv": heads,
-        "blocks.{}.attention.out": layer + out,
-        "blocks.{}.norm2": f"{layer}layer_norm2",
-        "blocks.{}.mlp.fc1": f"{layer}mlp.fc1",
-        "blocks.{}.mlp.fc2": f"{layer}mlp.fc2",
-    }
-
-
-def _text(prefix: str) -> Names:
-    """BLIP's BERT; these are also the names of the original checkpoints."""
-    layer = f"{prefix}encoder.layer.{{}}."
-    query, key, value = (f"{layer}attention.self.{name}" for name in ("query", "key", "value"))
-    image_query, image_key, image_value = (
-        f"{layer}crossattention.self.{n}" for n in ("query", "key", "value")
-    )
-    return {
-        "embeddings.word": f"{prefix}embeddings.word_embeddings",
-        "embeddings.position": f"{prefix}embeddings.position_embeddings",
-        "embeddings.norm": f"{prefix}embeddings.LayerNorm",
-        "layers.{}.self_attention.attention.qkv": (query, key, value),
-        "layers.{}.self_attention.attention.out": f"{layer}attention.output.dense",
-        "layers.{}.self_attention.residual.norm": f"{layer}attention.output.LayerNorm",
-        "layers.{}.cross_attention.attention.q": image_query,
-        "layers.{}.cross_attention.attention.kv": (image_key, image_value),
-        "layers.{}.cross_attention.attention.out": f"{layer}crossattention.output.dense",
-        "layers.{}.cross_attention.residual.norm": f"{layer}crossattention.output.LayerNorm",
-        "layers.{}.feed_forward.mlp.fc1": f"{layer}intermediate.dense",
-        "layers.{}.feed_forward.mlp.fc2": f"{layer}output.dense",
-        "layers.{}.feed_forward.residual.norm": f"{layer}output.LayerNorm",
-    }
-
-
-def _under(ours: str, names: Names) -> Names:
-    return {f"{ours}.{name}": theirs for name, theirs in names.items()}
-
-
-_SPLIT_HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_BLIP_VISION = _under("vision", _vision("vision_model.", "self_attn.qkv", "self_attn.projection")) | {
-    "vision.norm": "vision_model.post_layernorm"
+_NO_TEMPERATURE = {
+    "temperature": (0.07, "transformers keeps no ITC temperature; this is where training starts")
 }
-_BLIP_ENCODER = _under("text_encoder", _text("text_encoder."))
-_BLIP_DECODER = _under("text_decoder", _text("text_decoder.bert.")) | {
-    "lm_head.dense": "text_decoder.cls.predictions.transform.dense",
-    "lm_head.norm": "text_decoder.cls.predictions.transform.LayerNorm",
-    "lm_head.bias": "text_decoder.cls.predictions.bias",
-}
-_BLIP_TIED = (
-    ("text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"),
-    ("text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias"),
-)
-_CLIP = (
-    _under("vision", _vision("vision_model.", _SPLIT_HEADS, "self_attn.out_proj"))
-    | _under("text", _vision("text_model.", _SPLIT_HEADS, "self_attn.out_proj"))
-    | {
-        "text.word": "text_model.embeddings.token_embedding",
-        "text.position": "text_model.embeddings.position_embedding",
-        "text.norm": "text_model.final_layer_norm",
-        "vision.position_embedding": "vision_model.embeddings.position_embedding.weight",
-        "vision.pre_norm": "vision_model.pre_layrnorm",  # sic
-        "vision_norm": "vision_model.post_layernorm",
-        "vision_proj": "visual_projection",
-        "text_proj": "text_projection",
-        "logit_scale": "logit_scale",
-    }
-)
-_DINOV2_LAYER = "encoder.layer.{}."
-_DINOV2: Names = {
-    "class_embedding": "embeddings.cls_token",
-    "patch_embedding": "embeddings.patch_embeddings.projection",
-    "position_embedding": "embeddings.position_embeddings",
-    "blocks.{}.norm1": f"{_DINOV2_LAYER}norm1",
-    "blocks.{}.attention.qkv": tuple(
-        f"{_DINOV2_LAYER}attention.{name}" for name in ("q_proj", "k_proj", "v_proj")
-    ),
-    "blocks.{}.attention.out": f"{_DINOV2_LAYER}attention.o_proj",
-    "blocks.{}.scale1.gain": f"{_DINOV2_LAYER}layer_scale1.lambda1",
-    "blocks.{}.norm2": f"{_DINOV2_LAYER}norm2",
-    "blocks.{}.mlp.fc1": f"{_DINOV2_LAYER}mlp.fc1",
-    "blocks.{}.mlp.fc2": f"{_DINOV2_LAYER}mlp.fc2",
-    "blocks.{}.scale2.gain": f"{_DINOV2_LAYER}layer_scale2.lambda1",
-    "norm": "layernorm",
-}
-_DINOV2_OLD_NAMES = (  # files on disk have the left ones, state dicts of transformers 5 the right ones
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-)
 _COUNTED = {r".*\.position_ids": "0, 1, 2, … are counted at run time"}
+_COMPUTED = _COUNTED | {r"language_model\..*\.rotary_emb\.inv_freq": "computed from the configuration"}
+_BLIP2_LLM_PARTS = ("vision_model", "query_tokens", "qformer", "language_projection", "language_model")
 
 
 @dataclass(frozen=True)
@@ -164,35 +90,53 @@ class Layout:
 LAYOUTS = (
     Layout(
         "BlipForQuestionAnswering", "blip", ("vision_model", "text_encoder", "text_decoder"),
-        _BLIP_VISION | _BLIP_ENCODER | _BLIP_DECODER, configs.vqa, configs.to_blip,
+        tables.BLIP_VISION | tables.BLIP_ENCODER | tables.BLIP_DECODER, configs.vqa, configs.to_blip,
         lambda model: isinstance(model, BlipVqa),
-        tied=_BLIP_TIED,
+        tied=tables.BLIP_TIED,
     ),
     Layout(
         "BlipForConditionalGeneration", "blip", ("vision_model", "text_decoder"),
-        _BLIP_VISION | _BLIP_DECODER, configs.captioner, configs.to_blip,
+        tables.BLIP_VISION | tables.BLIP_DECODER, configs.captioner, configs.to_blip,
         lambda model: isinstance(model, Blip) and not model.config.encoder,
-        tied=_BLIP_TIED,
+        tied=tables.BLIP_TIED,
     ),
     Layout(
         "BlipForImageTextRetrieval", "blip", ("vision_model", "text_encoder", "itm_head"),
-        _BLIP_VISION | _BLIP_ENCODER | {name: name for name in ("vision_proj", "text_proj", "itm_head")},
+        tables.BLIP_VISION | tables.BLIP_ENCODER | {name: name for name in ("vision_proj", "text_proj", "itm_head")},
         configs.retrieval, configs.to_blip,
         lambda model: isinstance(model, Blip) and not model.config.decoder,
-        fresh={"temperature": (0.07, "transformers keeps no ITC temperature; this is where training starts")},
+        fresh=_NO_TEMPERATURE,
+    ),
+    Layout(
+        "Blip2ForImageTextRetrieval", "blip-2", ("vision_model", "query_tokens", "embeddings", "qformer", "itm_head"),
+        tables.BLIP2_RETRIEVAL, configs.blip2_retrieval, configs.to_blip2_retrieval,
+        lambda model: isinstance(model, Blip2) and not model.config.decoder,
+        fresh=_NO_TEMPERATURE,
+    ),
+    Layout(
+        "Blip2ForConditionalGeneration", "blip-2", _BLIP2_LLM_PARTS,
+        tables.BLIP2_LLM, configs.blip2_llm, configs.to_blip2_llm,
+        lambda model: isinstance(model, Blip2Llm) and not model.config.qformer_text,
+        ignored=_COMPUTED,
+    ),
+    Layout(
+        "InstructBlipForConditionalGeneration", "instructblip", _BLIP2_LLM_PARTS,
+        tables.INSTRUCTBLIP, configs.instructblip, configs.to_blip2_llm,
+        lambda model: isinstance(model, Blip2Llm) and model.config.qformer_text,
+        ignored=_COMPUTED,
     ),
     Layout(
         "CLIPModel", "clip", ("vision_model", "text_model", "visual_projection"),
-        _CLIP, configs.clip, configs.to_clip,
+        tables.CLIP, configs.clip, configs.to_clip,
         lambda model: isinstance(model, Clip),
         leading={"vision.class_embedding": 2, "vision.position_embedding": 1},
     ),
     Layout(
         "Dinov2Model", "dinov2", ("embeddings", "encoder", "layernorm"),
-        _DINOV2, configs.dinov2, configs.to_dinov2,
+        tables.DINOV2, configs.dinov2, configs.to_dinov2,
         lambda model: isinstance(model, VisionTransformer),
         ignored={r"embeddings\.mask_token": "stands for hidden patches while DINOv2 itself is trained"},
-        old_names=_DINOV2_OLD_NAMES,
+        old_names=tables.DINOV2_OLD_NAMES,
     ),
 )  # fmt: skip
 
@@ -229,10 +173,17 @@ def from_huggingface(
     """
     layout = find_layout(config, tensors, where)
     left = {_renamed(name, layout.old_names): value for name, value in tensors.items()}
-    report = LoadReport(where, f"transformers {layout.name}", tied=merge_tied_(left, layout.tied, where))
     model = empty_model(layout.config(config), image_size)
+    names_in_lm = [name for name in model.state_dict() if name.startswith(LM)]
+    in_lm = {name: _their_names(name, layout.names)[0] for name in names_in_lm}
+    groups = tied_in(model, {name: left[theirs] for name, theirs in in_lm.items() if theirs in left})
+    tied = [[in_lm[name] for name in names] for names in groups] + [*layout.tied]
+    report = LoadReport(where, f"transformers {layout.name}", tied=merge_tied_(left, tied, where))
+    owners = {name: owner for owner, *others in groups for name in others}
     state, missing = {}, []
     for name, empty in model.state_dict().items():
+        if name in owners:
+            continue
         if name in layout.fresh:
             state[name] = torch.tensor(layout.fresh[name][0])
             report.fresh[name] = "set to {}: {}".format(*layout.fresh[name])
@@ -250,6 +201,7 @@ def from_huggingface(
             report.ignored[name] = why
             del left[name]
     refuse(where, missing=missing, unknown=left.keys())
+    state |= {name: state[owner] for name, owner in owners.items()}
     report.interpolated = resize_positions_(state, model.state_dict())
     fill_(model, state, where)
     return model, report
@@ -265,6 +217,10 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise UserError(
             "transformers has no BLIP with both halves: convert its halves, without_decoder(model) and so on"
         )
+    if isinstance(model, Blip2) and model.config.decoder:
+        raise UserError(
+            "transformers has no BLIP-2 whose Q-Former writes: convert blip2.without_decoder(model)"
+        )
     if layout is None:
         raise UserError(f"transformers has no class for a {type(model).__name__}")
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
@@ -275,8 +231,9 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise UserError(f"{layout.name} of transformers is built differently: {', '.join(odd[:3])}{more}")
     state: dict[str, Tensor] = {}
+    once = {name for _, *others in tied_names(model) for name in others}
     for name, value in mine.items():
-        if name in layout.fresh:
+        if name in layout.fresh or name in once:
             continue
         names = _their_names(name, layout.names)
         value = value.reshape(value.shape[layout.leading.get(name, 0) :])
@@ -293,6 +250,9 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def _their_names(name: str, names: Names) -> tuple[str, ...]:
     """The tensors of theirs that a tensor of ours is made of, by the table."""
+    for ours, theirs in names.items():
+        if ours.endswith(".") and name.startswith(ours):
+            return (f"{theirs}{name.removeprefix(ours)}",)
     number = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
     row = name if number is None else name[: number.start()] + "{}" + name[number.end() :]
     module, _, leaf = row.rpartition(".")

@@ -6,8 +6,12 @@ from typing import Any
 from openblip.config import UserError, from_dict
 from openblip.data.transforms import ImageTransform
 from openblip.models.blip import BlipConfig
+from openblip.models.blip2 import Blip2Config
+from openblip.models.blip2_llm import Blip2LlmConfig
 from openblip.models.blip_vqa import BlipVqaConfig
 from openblip.models.clip import ClipConfig, ClipTextConfig
+from openblip.models.lm import LmConfig
+from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 
@@ -28,6 +32,18 @@ _CLIP_TEXT_MODEL = {
 _DINOV2_VIT = _VIT | {
     "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "layerscale_value": 1.0,
 }  # fmt: skip
+_EVA_VIT = {
+    "hidden_size": 1408, "num_hidden_layers": 39, "num_attention_heads": 16, "intermediate_size": 6144,
+    "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+_QFORMER = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
+    "pad_token_id": 0, "cross_attention_frequency": 2, "hidden_dropout_prob": 0.1,
+}  # fmt: skip
+# Not in their files, but in ours: [CLS] and [SEP] are BERT's, and [DEC] is the word behind BERT's last.
+_QFORMER_TOKENS = {"cls_token_id": 101, "sep_token_id": 102, "dec_token_id": 30522}
+_NOT_THE_MODEL = {"transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
 _ACTIVATIONS = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
@@ -120,6 +136,57 @@ def dinov2(config: Mapping[str, Any]) -> VisionConfig:
     return from_dict(VisionConfig, found, "config.json")
 
 
+def blip2_retrieval(config: Mapping[str, Any]) -> Blip2Config:
+    """Blip2ForImageTextRetrieval: no head that writes."""
+    vision, qformer = _blip2_parts(config)
+    return Blip2Config(
+        vision,
+        qformer,
+        projection_dim=config.get("image_text_hidden_size", 256),
+        ln_vision_eps=vision.layer_norm_eps,
+        decoder=False,
+    )
+
+
+def blip2_llm(config: Mapping[str, Any]) -> Blip2LlmConfig:
+    """Blip2ForConditionalGeneration, Blip2Model: the Q-Former's query path and a language model."""
+    vision, qformer = _blip2_parts(config, text=False)
+    return Blip2LlmConfig(_lm(config), vision, qformer, ln_vision_eps=vision.layer_norm_eps)
+
+
+def instructblip(config: Mapping[str, Any]) -> Blip2LlmConfig:
+    """InstructBlipForConditionalGeneration: the Q-Former reads the instruction too."""
+    vision, qformer = _blip2_parts(config)
+    return Blip2LlmConfig(
+        _lm(config), vision, qformer, ln_vision_eps=vision.layer_norm_eps, qformer_text=True
+    )
+
+
+def _lm(config: Mapping[str, Any]) -> LmConfig:
+    text = {"model_type": "opt"} | dict(_section(config, "text_config"))
+    found = {key: value for key, value in text.items() if key not in _NOT_THE_MODEL}
+    if config.get("image_token_index") is not None:
+        found["image_token_index"] = config["image_token_index"]
+    return LmConfig(found)
+
+
+def _blip2_parts(config: Mapping[str, Any], *, text: bool = True) -> tuple[VisionConfig, QFormerConfig]:
+    section = _section(config, "vision_config")
+    if not section.get("qkv_bias", True):
+        raise UserError("config.json: vision_config: qkv_bias false is not supported")
+    vision = _read(section, _EVA_VIT) | {"final_norm": False}
+    section = _section(config, "qformer_config")
+    qformer = _read(section, _QFORMER) | {"text": text}
+    qformer["dropout"] = qformer.pop("hidden_dropout_prob")
+    qformer["num_query_tokens"] = config.get("num_query_tokens", 32)
+    qformer |= {key: section.get(key, token) for key, token in _QFORMER_TOKENS.items()}
+    qformer["dec_token_id"] = min(qformer["dec_token_id"], qformer["vocab_size"] - 1)
+    return (
+        from_dict(VisionConfig, vision, "config.json: vision_config"),
+        from_dict(QFormerConfig, qformer, "config.json: qformer_config"),
+    )
+
+
 def to_blip(config: BlipConfig | BlipVqaConfig) -> dict[str, Any]:
     """config.json of a BLIP captioner, retrieval or VQA model."""
     text = {
@@ -130,6 +197,48 @@ def to_blip(config: BlipConfig | BlipVqaConfig) -> dict[str, Any]:
     vision = {key: getattr(config.vision, key) for key in _BLIP_VIT}
     parts = {"text_config": _their_act(text), "vision_config": _their_act(vision), "model_type": "blip"}
     return parts | {"image_text_hidden_size": getattr(config, "projection_dim", 256)}
+
+
+def to_blip2_retrieval(config: Blip2Config) -> dict[str, Any]:
+    """config.json of a Blip2ForImageTextRetrieval."""
+    return _to_blip2_parts(config, "blip-2") | {"image_text_hidden_size": config.projection_dim}
+
+
+def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
+    """config.json of a Blip2ForConditionalGeneration or, with `qformer_text`, InstructBlipForConditionalGeneration.
+
+    There the soft prompt stands where the prompt has the token `image_token_index`; it is the one the model came
+    with, or the last of the vocabulary.
+    """
+    from transformers import AutoConfig
+
+    text = dict(config.lm.config)
+    token = text.pop("image_token_index", None)
+    if token is None:
+        token = AutoConfig.for_model(**text).vocab_size - 1
+    parts = _to_blip2_parts(config, "instructblip" if config.qformer_text else "blip-2")
+    return parts | {"text_config": text, "image_token_index": token}
+
+
+def _to_blip2_parts(config: Any, model_type: str) -> dict[str, Any]:
+    if config.ln_vision_eps != config.vision.layer_norm_eps:
+        raise UserError(
+            f"transformers has one epsilon for all norms of the image: ln_vision_eps is {config.ln_vision_eps}, "
+            f"vision.layer_norm_eps {config.vision.layer_norm_eps}"
+        )
+    vision = {key: getattr(config.vision, key) for key in _EVA_VIT}
+    kept = (*(_QFORMER.keys() - {"hidden_dropout_prob"}), *_QFORMER_TOKENS)
+    qformer = {key: getattr(config.qformer, key) for key in kept}
+    qformer |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.qformer.dropout)
+    qformer["encoder_hidden_size"] = config.vision.hidden_size
+    if model_type == "blip-2":
+        qformer["use_qformer_text_input"] = config.qformer.text
+    return {
+        "model_type": model_type,
+        "vision_config": _their_act(vision) | {"qkv_bias": True},
+        "qformer_config": _their_act(qformer),
+        "num_query_tokens": config.qformer.num_query_tokens,
+    }
 
 
 def to_clip(config: ClipConfig) -> dict[str, Any]:
@@ -161,6 +270,8 @@ _PROCESSORS: dict[
     str, dict[str, Any]
 ] = {  # what transformers assumes for a key that preprocessor_config.json leaves out
     "blip": {"size": {"height": 384, "width": 384}},
+    "blip-2": {"size": {"height": 384, "width": 384}},
+    "instructblip": {"size": {"height": 384, "width": 384}},
     "clip": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224},
     "dinov2": {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224, **_IMAGENET},
 }
@@ -178,7 +289,9 @@ def image_transform(
     if processor is None:
         notes.append(f"no preprocessor_config.json: images are prepared as is usual for {kind}")
         same = (
-            {"height": image_size, "width": image_size} if kind == "blip" else {"shortest_edge": image_size}
+            {"shortest_edge": image_size}
+            if "shortest_edge" in _PROCESSORS[kind]["size"]
+            else {"height": image_size, "width": image_size}
         )
         processor = {"size": same, "crop_size": image_size}
     found = _PROCESSORS[kind] | dict(processor.get("image_processor", processor))

@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from openblip.config import UserError
 from openblip.models.blip import Blip, BlipConfig
+from openblip.models.blip2 import Blip2, Blip2Config
+from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
@@ -20,10 +22,13 @@ SYSTEMS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "blip": (BlipConfig, Blip),
     "blip_vqa": (BlipVqaConfig, BlipVqa),
     "blip_nlvr": (BlipNlvrConfig, BlipNlvr),
+    "blip2": (Blip2Config, Blip2),
+    "blip2_llm": (Blip2LlmConfig, Blip2Llm),
     "clip": (ClipConfig, Clip),
     "vit": (VisionConfig, build_vision),
 }
 
+LM = "lm.model."  # names of a language model of transformers in a system of ours begin with this
 _SHOWN = 6  # names spelled out in one message; the rest is counted
 
 
@@ -58,8 +63,9 @@ class LoadReport:
 def empty_model(config: Any, image_size: int | None = None) -> Any:
     """The model a config of `SYSTEMS` describes, without weights (on the meta device), in eval mode.
 
-    With `image_size`, for images of that many pixels instead. A vision backbone of transformers is built in
-    earnest, since it may hold tables that are in no file. Raises UserError for a backbone at another size.
+    With `image_size`, for images of that many pixels instead. What holds a model of transformers is built in
+    earnest, since that may hold tables that are in no file; its weights are memory as it was found. Raises UserError
+    for a vision backbone at another size.
     """
     vision = config if isinstance(config, VisionConfig) else config.vision
     if image_size is not None and image_size != vision.image_size:
@@ -70,19 +76,22 @@ def empty_model(config: Any, image_size: int | None = None) -> Any:
         vision = replace(vision, image_size=image_size)
         config = vision if isinstance(config, VisionConfig) else replace(config, vision=vision)
     build = next(build for cls, build in SYSTEMS.values() if type(config) is cls)
-    if vision.backbone is not None:
-        return build(config).eval()
+    if vision.backbone is not None or hasattr(config, "lm"):
+        with _NothingDrawn():
+            return build(config).eval()
     with torch.device("meta"), _NothingDrawn():
         return build(config).eval()
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Initial weights are not drawn: on the meta device there is nothing to fill, but it would take a second."""
+    """Initial weights are not drawn: they will be replaced, and billions of them would take minutes."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.__name__ in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            # torch draws a truncated normal until all of it lies within the bounds: 0 does, memory as it is may not.
+            return tensor if tensor.is_meta else tensor.new_zeros(()).expand_as(tensor)
         return func(*args, **kwargs)
 
 
@@ -105,6 +114,26 @@ def merge_tied_(
                 raise WeightsError(f"{where}: {name} and {owner} differ; in this model they are one tensor")
             tied[name] = owner
     return tied
+
+
+def tied_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """`tied_names`, less those for which `tensors` hold a value of their own and the model lets them.
+
+    Our own structure does not. A language model of transformers does: T5 ties its output layer by default, and the
+    files of Flan-T5 have another one.
+    """
+    groups = []
+    for names in tied_names(model):
+        found = [name for name in names if name in tensors]
+        kept = [
+            name
+            for name in names
+            if name not in found[1:]
+            or not name.startswith(LM)
+            or torch.equal(tensors[name], tensors[found[0]])
+        ]
+        groups += [kept] if len(kept) > 1 else []
+    return groups
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
@@ -135,7 +164,8 @@ def resize_positions_(tensors: MutableMapping[str, Tensor], wanted: Mapping[str,
 def fill_(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Put `tensors` into `model`, on the meta device or not: they become its parameters, nothing is copied.
 
-    Every name of the state dict must be there, and no other.
+    Every name of the state dict must be there, and no other. What the model ties stays tied if it is one tensor
+    in `tensors` too.
 
     Raises:
         WeightsError: names the tensors that are missing, unknown or of another shape.
@@ -147,7 +177,13 @@ def fill_(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         if name in tensors and tensors[name].shape != value.shape
     ]
     refuse(where, missing=wanted.keys() - tensors.keys(), unknown=tensors.keys() - wanted.keys(), wrong=wrong)
+    groups = tied_names(model)
     model.load_state_dict(dict(tensors), assign=True)
+    for owner, *others in groups:
+        for name in others:
+            if tensors[name] is tensors[owner]:
+                module, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(module), leaf, model.get_parameter(owner))
 
 
 def refuse(

@@ -15,7 +15,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
 from openblip.curate.engine import SCHEMA, ShardManifest, manifests, publish, scores_path
-from openblip.data.rows import Row
+from openblip.data.rows import BadRows, Row
 from openblip.data.sources import Source
 
 Rule = Literal["itm", "top_k"]
@@ -130,8 +130,7 @@ def write_parquet(
         job: a finished job. source: what it was made of.
         out: a new folder; it appears when it is complete.
         rule, threshold, k: see `decide`.
-        human: rows people vouch for (a second source, say), added unchanged and with kind "human"; pass
-            `source.rows(bad)` for one with bad rows in it.
+        human: rows people vouch for, added unchanged and with kind "human": `HumanRows` of a second source.
 
     Raises:
         UserError: the job is of another source or not finished, `out` is not empty, nothing is kept, a
@@ -182,6 +181,32 @@ def write_webdataset(
             os.fsync(file.fileno())
 
     return _write(job, source, Path(out), write, rule, threshold, k, human)
+
+
+class HumanRows:
+    """The good rows of a source, to stand beside web rows: under ids of their own, for two folders may both have an
+    `images/1.jpg`. Bad ones are listed in the file `bad`; too many are a UserError (see `BadRows`).
+    """
+
+    def __init__(self, source: Source, bad: Path) -> None:
+        bad.unlink(missing_ok=True)
+        counted = BadRows(bad)
+        self.source = source
+        self.numbers: list[int] = []
+        for number in range(len(source)):
+            counted.saw()
+            with counted.skipping():
+                self.numbers += [number] if source[number].captions else []
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Row:
+        row = self.source[self.numbers[index]]
+        return replace(row, id=f"human/{row.id}")
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
 
 
 def check_job(job: str | Path, source: Source) -> list[ShardManifest]:

@@ -124,7 +124,7 @@ def run(
     fingerprint = json.loads(json.dumps({**capfilt.fingerprint, "source": source.fingerprint}))
     before = manifests(folder)
     for manifest in before:
-        _refuse_other(manifest.fingerprint, fingerprint, folder)
+        refuse_other(manifest.fingerprint, fingerprint, folder)
     for left_behind in folder.glob(".*.part"):  # by a run that was killed while writing
         left_behind.unlink()
     done = {manifest.shard: manifest for manifest in before if _is_whole(folder, manifest)}
@@ -271,7 +271,8 @@ def _list_bad(folder: Path, shards: Sequence[Shard], done: dict[str, ShardManife
     publish(folder / "bad_rows.jsonl", lines.encode())
 
 
-def _refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise UserError if what `folder` holds was made with other settings than it now would; it names them."""
     old, new = _flat(before), _flat(now)
     differences = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"

@@ -141,9 +141,10 @@ class VqaDataset(Pictures):
             BadRow: the row or its picture cannot be used, or it lacks question or answers.
         """
         row = self.rows[index]
-        if not row.question or not row.answers:
-            missing = "answer" if row.question else "question"
-            raise BadRow(f"missing_{missing}", row.where, f"no {missing} in the row")
+        if not row.question:
+            raise BadRow("missing_question", row.where, "no question in the row")
+        if not row.answers:
+            raise BadRow("missing_answer", row.where, "no answer in the row")
         counts = Counter(row.answers)
         weights = [count / len(row.answers) for count in counts.values()]
         if len(row.answers) == 1:
@@ -195,7 +196,7 @@ class PairCollator:
         """One batch."""
         texts = self.tokenizer([sample["text"] for sample in samples], self.max_length)
         image_ids = torch.tensor([sample["image_id"] for sample in samples])
-        return {**_pictures(samples), **texts, "image_ids": image_ids}
+        return {**picture_tensors(samples), **texts, "image_ids": image_ids}
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class VqaCollator:
         answers = self.tokenizer([text for sample in samples for text in sample["answers"]], self.max_length)
         counts = torch.tensor([len(sample["answers"]) for sample in samples])
         return {
-            **_pictures(samples),
+            **picture_tensors(samples),
             **questions,
             "answer_ids": answers["input_ids"],
             "answer_mask": answers["attention_mask"],
@@ -264,7 +265,7 @@ class NlvrCollator:
         return {**pictures, **texts, "labels": labels, "ids": [sample["id"] for sample in samples]}
 
 
-def _pictures(samples: Sequence[Sample]) -> Batch:
+def picture_tensors(samples: Sequence[Sample]) -> Batch:
     """{"pixel_values": [B, 3, S, S] or "image_embeds": [B, N, D], "ids": B row ids, to name samples by}."""
     name, stacked = _stacked(samples)
     return {name: stacked, "ids": [sample["id"] for sample in samples]}

@@ -88,10 +88,12 @@ class Row:
 class BadRow(UserError):
     """A row that cannot be used.
 
-    `reason`, for counting, is one of: `missing_image`, `missing_caption`, `not_utf8`, `not_text`, `not_json`,
-    `remote_image` (a URL elsewhere than the source itself), `columns` (more cells than the header has),
-    `unknown_image` (a caption of an image the file does not list), `truncated_tar`; tasks add their own, and
-    those of `BadImage`. `where` names file and line; `detail` is a sentence for people.
+    `reason`, for counting, is one of: `missing_image`, `missing_caption`, `missing_question`, `missing_answer`,
+    `missing_instruction`, `missing_output`, `bad_label` (neither true nor false), `not_utf8`, `not_text`,
+    `not_json`, `remote_image` (a URL elsewhere than the source itself), `columns` (more cells than the header
+    has), `unknown_image` (a caption of an image the file does not list), `truncated_tar`, `no_features` (the
+    picture was bad when its features were computed), or one of `BadImage`. `where` names file and line; `detail`
+    is a sentence for people.
     """
 
     def __init__(self, reason: str, where: str, detail: str) -> None:

@@ -68,9 +68,9 @@ def open_source(
 ) -> "Source":
     """Open a data source in any of the formats above.
 
-    The first time a file is seen it is read once (a million lines of jsonl: 7 s) and a table of its rows is kept in
-    the cache. From then on opening is a memory map: a million rows hold no memory but the pages in use, and 8 bytes
-    a row when a column of splits selects. Images are not touched, except that parquet is unpacked into the cache.
+    The first time a file is seen it is read once and a table of its rows is kept in the cache. From then on opening
+    is a memory map: rows hold no memory but the pages in use, and 8 bytes a row when a column of splits selects.
+    Images are not touched, except that parquet is unpacked into the cache.
 
     Args:
         path: file, folder or pattern, local or remote.

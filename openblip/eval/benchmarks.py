@@ -58,10 +58,8 @@ def retrieval(
     embeds = embeds or from_pictures(pipeline)
     text_features = torch.from_numpy(pipeline.embed_texts(texts))
     blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
-    image_features = torch.cat(
-        [model.image_features(_on(pipeline, embeds(rows[b]))).float().cpu() for b in blocks]
-    )
-    cosine = image_features @ text_features.T  # [images, texts]
+    image_features = [model.image_features(_on(pipeline, embeds(rows[b]))).float().cpu() for b in blocks]
+    cosine = torch.cat([model.similarity(part, text_features) for part in image_features])  # [images, texts]
     result: dict[str, Any] = {"itc": recall_at(cosine, owner), "images": len(rows), "texts": len(texts)}
     if not rerank or isinstance(model, Clip):
         return result

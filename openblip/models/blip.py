@@ -138,6 +138,10 @@ class Blip(nn.Module):
         ids = swap_first_token(input_ids, self.config.text.cls_token_id)
         return F.normalize(self.text_proj(self.text_encoder(ids, attention_mask)[:, 0]), dim=-1)
 
+    def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """[B, P], [R, P] -> cosines [B, R]."""
+        return image_features @ text_features.T
+
     def memory(self, image_embeds: Tensor) -> Memory:
         """image_embeds [B, N, D] -> keys and values of every layer, projected once for every use.
 

@@ -124,6 +124,10 @@ class Clip(nn.Module):
         last = (input_ids == self.config.text.eos_token_id).int().argmax(dim=1)
         return F.normalize(self.text_proj(states[torch.arange(len(states)), last]), dim=-1)
 
+    def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """[B, P], [R, P] -> cosines [B, R]."""
+        return image_features @ text_features.T
+
     def clamped_scale(self) -> Tensor:
         """exp(logit_scale), at most 100: what cosines are multiplied by."""
         return self.logit_scale.exp().clamp(max=100)

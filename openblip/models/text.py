@@ -269,8 +269,8 @@ class TextTransformer(nn.Module):
                 f"{total} tokens: this model has {self.config.max_position_embeddings} positions"
             )
         if cache is not None and (attention_mask is not None or cache.mask is not None):
-            attention_mask = _extend(cache, attention_mask, input_ids)
-        mask = _self_mask(attention_mask, length, total, causal, input_ids.device)
+            attention_mask = extend_mask_(cache, attention_mask, input_ids)
+        mask = self_mask(attention_mask, length, total, causal, input_ids.device)
         positions = torch.arange(past_length, total, device=input_ids.device)[None]
         x = self.embeddings(input_ids, positions)
         for number, layer in enumerate(self.layers):
@@ -285,7 +285,7 @@ class TextTransformer(nn.Module):
         return x
 
 
-def _extend(cache: Cache, new: Tensor | None, input_ids: Tensor) -> Tensor:
+def extend_mask_(cache: Cache, new: Tensor | None, input_ids: Tensor) -> Tensor:
     """Append the padding mask of new tokens to the cached one; keeps the result [R, T + L] in the cache."""
     old = cache.mask
     if old is None:
@@ -294,7 +294,7 @@ def _extend(cache: Cache, new: Tensor | None, input_ids: Tensor) -> Tensor:
     return cache.mask
 
 
-def _self_mask(padding: Tensor | None, length: int, total: int, causal: bool, device) -> Tensor | None:
+def self_mask(padding: Tensor | None, length: int, total: int, causal: bool, device) -> Tensor | None:
     """True where a query may look: [R|1, 1, L, T + L], or None when it may look everywhere."""
     mask = None if padding is None else padding[:, None, None, :].bool()
     if causal and length > 1:

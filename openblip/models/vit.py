@@ -175,10 +175,12 @@ class HuggingFaceVision(nn.Module):
 
     def set_grad_checkpointing(self, blocks: int | bool = True) -> None:
         """Recompute activations in the backward pass (the backbone decides which)."""
+        # Newer transformers call it activation checkpointing, and warn at the name that older ones know.
+        kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         if blocks:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            getattr(self.model, f"{kind}_checkpointing_disable")()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S] -> [B, N, D].

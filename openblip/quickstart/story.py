@@ -193,10 +193,16 @@ def judge_filter(texts: Sequence[ScoredText], right: dict[str, bool], threshold:
 
 
 def evaluate(
-    model: Pipeline, test: Sequence[Row], features: FeatureCache
+    model: Pipeline,
+    test: Sequence[Row],
+    features: FeatureCache,
+    *,
+    min_new_tokens: int = 1,
+    max_new_tokens: int = 12,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """({tr@k, ir@k, r_mean by cosine, the same after ITM rerank as `reranked`, cider}, captions by row id)."""
     embeds = from_cache(features)
     found = retrieval(model, test, k=10, embeds=embeds)
-    written = captioning(model, test, embeds=embeds, min_new_tokens=1, max_new_tokens=12)
+    length = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+    written = captioning(model, test, embeds=embeds, **length)
     return {**found["itc"], "reranked": found["itm"], "cider": written["cider"]}, written["captions"]

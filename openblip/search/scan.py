@@ -10,6 +10,12 @@ from openblip.config import UserError
 from openblip.data.image import BadImage, open_image
 from openblip.data.rows import BadRows, Row
 from openblip.data.sources import Source
+from openblip.models.clip import Clip
+
+
+def can_rerank(pipeline: Pipeline) -> bool:
+    """Whether the model has an ITM head. CLIP has none: its cosine is all there is."""
+    return not isinstance(pipeline.model, Clip)
 
 
 def scan(
@@ -24,8 +30,8 @@ def scan(
     """The `top` pictures for a text, best first: {"id", "where", "score", "cosine"}.
 
     The `rerank` best by cosine are scored by the ITM head's log odds + cosine and come first (BLIP §5.1); the
-    others follow in the order of their cosine, which is their score. Pictures that cannot be opened are
-    recorded in `bad`. Raises UserError if none can.
+    others follow in the order of their cosine, which is their score, as for all pictures with CLIP, which has no
+    such head. Pictures that cannot be opened are recorded in `bad`. Raises UserError if none can.
     """
     bad = bad or BadRows(max_share=1.0)
     rows: list[Row] = []
@@ -48,10 +54,10 @@ def scan(
         embed()
     if not rows:
         raise UserError(f"search: no picture could be opened ({dict(bad.counts)})")
-    cosine = np.concatenate(vectors) @ pipeline.embed_texts(query)
+    cosine = pipeline.similarity(np.concatenate(vectors), pipeline.embed_texts([query]))[:, 0]
     order = np.argsort(-cosine, kind="stable")
     scores = cosine.copy()
-    if rerank > 0:
+    if rerank > 0 and can_rerank(pipeline):
         head = order[:rerank]
         found = pipeline.match([rows[i].image for i in head], query)
         scores[head] = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy() + found.cosine

@@ -30,6 +30,15 @@ def soft_targets(similarity: Tensor, positives: Tensor, alpha: float) -> Tensor:
     return alpha * similarity.softmax(dim=1) + (1 - alpha) * truth
 
 
+def smoothed_targets(positives: Tensor, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """ITC targets [B, M] of BLIP-2: the positives [B, M] share 1 − s, all candidates share s.
+
+    With one positive per row this is ordinary label smoothing.
+    """
+    truth = positives.to(dtype)
+    return (1 - smoothing) * truth / truth.sum(dim=1, keepdim=True) + smoothing / truth.shape[1]
+
+
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over rows of −Σ targets · log softmax(logits); both [B, M]."""
     return -(targets * F.log_softmax(wide(logits), dim=1)).sum(dim=1).mean()

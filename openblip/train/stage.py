@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,18 @@ from openblip.data.text import Tokenizer, bert_uncased, clean_caption
 from openblip.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, TrainTransform
 from openblip.hub import Pretrained, load_pretrained, save_pretrained
 from openblip.models.blip import Blip, without_decoder, without_encoder
+from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.blip_nlvr import BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqaConfig
-from openblip.models.clip import Clip
+from openblip.models.clip import Clip, ClipConfig
+from openblip.models.text import TextTransformer
 from openblip.models.vit import VisionTransformer
 from openblip.recipes import Recipe
 from openblip.train import distributed
 from openblip.train.loop import Evaluate, FitResult, fit
-from openblip.train.start import calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
+from openblip.train.start import calibrate_blip2_, calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
 from openblip.train.tasks import BlipTask, CaptionTask, ClipTask, NlvrTask, Task, VqaTask
+from openblip.train.tasks_blip2 import Blip2Task
 
 # What a stage takes from the model it begins with.
 _HALVES = {
@@ -58,6 +61,9 @@ class Ingredients:
     model: Any
     tokenizer: Tokenizer
     transform: ImageTransform
+    frozen: dict[str, str] = field(
+        default_factory=dict
+    )  # parts that a saved model names, see `convert.frozen`
 
 
 @dataclass
@@ -73,25 +79,49 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
 
     rows: what `recipe.calibrate` takes its sample from. init: a loaded model to begin with instead of
     `recipe.init`. Random weights come from the recipe's seed.
+
+    Raises:
+        UserError: a fine-tune has nothing to begin with, or something its stage cannot use.
     """
     torch.manual_seed(recipe.train.seed)
+    has_start = init is not None or any((recipe.init, recipe.vision_init, recipe.text_init))
+    if recipe.stage not in ("clip", "pretrain", "blip2_stage1") and not has_start:
+        raise UserError(
+            f"{recipe.stage}: fine-tunes a pre-trained model, and this recipe names none; set `init` "
+            "(--init FOLDER, or a hub name)"
+        )
     if init is None and recipe.init is not None:
-        geometry = recipe.clip if recipe.stage == "clip" and recipe.clip is not None else recipe.model
-        init = load_pretrained(recipe.init, image_size=geometry.vision.image_size)
+        init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
     if recipe.stage == "clip":
         return _clip(recipe, init)
-    start = init.model if init is not None else _fresh_blip(recipe)
-    if not isinstance(start, Blip):
-        raise UserError(f"{recipe.stage}: begins with a pre-trained BLIP, not with a {type(start).__name__}")
+    wanted = Blip2 if recipe.stage == "blip2_stage1" else Blip
+    fresh = _fresh_blip2 if wanted is Blip2 else _fresh_blip
+    start: Any = init.model if init is not None else fresh(recipe)
+    if not isinstance(start, wanted):
+        raise UserError(
+            f"{recipe.stage}: begins with a pre-trained {wanted.__name__}, not with a {type(start).__name__}"
+        )
     tokenizer = init.tokenizer if init is not None and init.tokenizer is not None else bert_uncased()
     transform = init.transform if init is not None and init.transform is not None else _transform(recipe)
     if init is None and recipe.calibrate:
         _calibrate_(start, recipe, rows, tokenizer, transform)
-    return Ingredients(_for_stage(recipe, start), tokenizer, transform)
+    frozen = _named_parts(recipe) if init is None else init.frozen
+    return Ingredients(_for_stage(recipe, start), tokenizer, transform, frozen)
+
+
+def _named_parts(recipe: Recipe) -> dict[str, str]:
+    """The parts of a fresh BLIP-2 that stay as their packages have them, which need not be saved."""
+    found = {}
+    if isinstance(recipe.system, Blip2Config):
+        if recipe.system.freeze_vision and recipe.vision_init == "dinov2_small":
+            found["vision"] = "dinov2_small"
+        if recipe.system.qformer.freeze_words and recipe.text_init == "minilm":
+            found["qformer.word"] = "minilm_words"
+    return found
 
 
 def _calibrate_(
-    model: Blip, recipe: Recipe, rows: Rows, tokenizer: Tokenizer, transform: ImageTransform
+    model: Blip | Blip2, recipe: Recipe, rows: Rows, tokenizer: Tokenizer, transform: ImageTransform
 ) -> None:
     """Fit the frozen tower's output and the ITC heads to a sample of the rows, drawn by the recipe's seed."""
     dataset = PairDataset(rows, transform)
@@ -101,18 +131,21 @@ def _calibrate_(
     )  # fmt: skip
     batch = next(loader.batches())
     model.eval()
+    texts = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
+        if isinstance(model, Blip2):
+            calibrate_blip2_(model, model.encode_image(batch["pixel_values"]), *texts)
+            return
         if recipe.model.freeze_vision and isinstance(model.vision, VisionTransformer):
             standardise_tower_(model.vision, batch["pixel_values"])
-        embeds = model.encode_image(batch["pixel_values"])
-        calibrate_heads_(model, embeds, batch["input_ids"], batch["attention_mask"])
+        calibrate_heads_(model, model.encode_image(batch["pixel_values"]), *texts)
 
 
 def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
     """A CLIP to train: `init` as it is, or a fresh one with the recipe's geometry and tokenizer."""
-    if recipe.clip is None:
-        raise UserError("a clip recipe needs its `clip` geometry")
-    transform = ImageTransform(recipe.clip.vision.image_size, resize="crop")
+    geometry = recipe.system
+    assert isinstance(geometry, ClipConfig)
+    transform = ImageTransform(geometry.vision.image_size, resize="crop")
     if init is not None:
         if not isinstance(init.model, Clip) or init.tokenizer is None:
             raise UserError("clip: begins with a CLIP and its tokenizer, and `init` is none")
@@ -121,30 +154,51 @@ def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
         raise UserError(
             "clip: a fresh CLIP needs a vocabulary; set the recipe's `tokenizer` to a folder with one"
         )
-    return Ingredients(Clip(recipe.clip), Tokenizer.load(recipe.tokenizer), transform)
+    return Ingredients(Clip(geometry), Tokenizer.load(recipe.tokenizer), transform)
 
 
 def _fresh_blip(recipe: Recipe) -> Blip:
     """A new BLIP, with pretrained parts where the recipe names them."""
     model = Blip(recipe.model)
-    if recipe.vision_init == "dinov2_small":
-        tower = parts.dinov2_small(recipe.model.vision.image_size, recipe.model.vision.num_hidden_layers)
-        model.vision.load_state_dict(tower.state_dict())
+    _vision_init_(model, recipe)
     if recipe.text_init == "minilm":
         parts.minilm_text_(model.text_encoder)
         parts.minilm_text_(model.text_decoder)
     return model
 
 
+def _fresh_blip2(recipe: Recipe) -> Blip2:
+    """A new BLIP-2 of stage 1, likewise."""
+    geometry = recipe.system
+    assert isinstance(geometry, Blip2Config)
+    model = Blip2(geometry)
+    _vision_init_(model, recipe)
+    if recipe.text_init == "minilm":
+        bert = TextTransformer(parts.minilm_text_config())
+        parts.minilm_text_(bert)
+        model.qformer.copy_text_(bert)
+    return model
+
+
+def _vision_init_(model: Blip | Blip2, recipe: Recipe) -> None:
+    """The pretrained vision tower that the recipe names, if it names one."""
+    if recipe.vision_init == "dinov2_small":
+        vision = recipe.system.vision
+        tower = parts.dinov2_small(vision.image_size, vision.num_hidden_layers)
+        model.vision.load_state_dict(tower.state_dict())
+
+
 def _transform(recipe: Recipe) -> ImageTransform:
     """The deterministic transform of a fresh model: BLIP squashes; DINOv2 was trained with ImageNet's statistics."""
     dino = recipe.vision_init == "dinov2_small"
     mean, std = (parts.DINOV2_MEAN, parts.DINOV2_STD) if dino else (CLIP_MEAN, CLIP_STD)
-    return ImageTransform(recipe.model.vision.image_size, mean, std)
+    return ImageTransform(recipe.system.vision.image_size, mean, std)
 
 
-def _for_stage(recipe: Recipe, start: Blip) -> nn.Module:
+def _for_stage(recipe: Recipe, start: Any) -> nn.Module:
     """The model that the stage trains, begun with `start`."""
+    if recipe.stage == "blip2_stage1":
+        return start
     vision, text, frozen = start.config.vision, start.config.text, start.config.freeze_vision
     for half in ("encoder", "decoder"):
         if half in _HALVES[recipe.stage] and not getattr(start.config, half):
@@ -184,7 +238,7 @@ def run_stage(
     made.model.to(device)
     run_dir.mkdir(parents=True, exist_ok=True)
     listed = run_dir / "bad_rows.jsonl"
-    if features is None and recipe.model.freeze_vision and recipe.augment is None:
+    if features is None and getattr(made.model.config, "freeze_vision", False) and recipe.augment is None:
         folder = run_dir / "features"
         features = cache_features(made, rows, folder, workers=recipe.workers, bad=BadRows(listed))
     bad = BadRows(listed)
@@ -199,8 +253,9 @@ def run_stage(
         known: dict[str, Any] = {"prompt": recipe.prompt} if recipe.stage == "caption" else {}
         known |= {"stage": recipe.stage, "steps": result.step, "bad_rows": _count_reasons(listed)}
         save_pretrained(
-            made.model, folder, tokenizer=made.tokenizer, transform=made.transform, info=known | (info or {})
-        )
+            made.model, folder, tokenizer=made.tokenizer, transform=made.transform, info=known | (info or {}),
+            frozen=made.frozen,
+        )  # fmt: skip
     distributed.barrier()
     return StageResult(folder, result)
 
@@ -292,6 +347,8 @@ def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
             return ClipTask(model)
         case "pretrain" | "retrieval":
             return BlipTask(model, replace(recipe.task, alpha_ramp_steps=ramp, seed=recipe.train.seed))
+        case "blip2_stage1":
+            return Blip2Task(model, replace(recipe.blip2_task, seed=recipe.train.seed))
         case "caption":
             return CaptionTask(model, label_smoothing=recipe.task.label_smoothing)
         case "vqa":

@@ -10,10 +10,12 @@ returned, never guessed.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openblip.config import UserError
 from openblip.models.blip import Blip
+from openblip.models.blip2 import Blip2
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.text import swap_first_token
@@ -47,11 +49,29 @@ def calibrate_heads_(model: Blip, image_embeds: Tensor, input_ids: Tensor, atten
     the states have a large common part, and the first epochs go into removing it.
     """
     ids = swap_first_token(input_ids, model.config.text.cls_token_id)
-    states = model.text_encoder(ids, attention_mask)[:, 0]
-    for head, x in ((model.vision_proj, image_embeds[:, 0]), (model.text_proj, states)):
-        fresh = torch.randn_like(head.weight) / head.in_features**0.5
-        head.weight.copy_(fresh / _floored(x.std(dim=0)))
-        head.bias.copy_(-head.weight @ x.mean(dim=0))
+    _calibrate_(model.vision_proj, image_embeds[:, 0])
+    _calibrate_(model.text_proj, model.text_encoder(ids, attention_mask)[:, 0])
+
+
+@torch.no_grad()
+def calibrate_blip2_(model: Blip2, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """The same for BLIP-2: `ln_vision` gives every channel mean 0 and deviation 1, then both ITC heads follow."""
+    norm = model.ln_vision
+    tokens = F.layer_norm(image_embeds, norm.normalized_shape, eps=norm.eps).flatten(0, 1)  # [K·N, D]
+    deviation = _floored(tokens.std(dim=0))
+    norm.weight.copy_(1 / deviation)
+    norm.bias.copy_(-tokens.mean(dim=0) / deviation)
+    ids = swap_first_token(input_ids, model.config.qformer.cls_token_id)
+    queries = model.qformer.encode_queries(model.memory(image_embeds))
+    _calibrate_(model.vision_proj, queries.flatten(0, 1))
+    _calibrate_(model.text_proj, model.qformer.encode_text(ids, attention_mask)[:, 0])
+
+
+def _calibrate_(head: nn.Linear, x: Tensor) -> None:
+    """Draw a projection anew for inputs like x [K, D]: centred, every channel at unit scale."""
+    fresh = torch.randn_like(head.weight) / head.in_features**0.5
+    head.weight.copy_(fresh / _floored(x.std(dim=0)))
+    head.bias.copy_(-head.weight @ x.mean(dim=0))
 
 
 def _floored(deviation: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ from openblip.models.blip_nlvr import BlipNlvr
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.train import distributed
+from openblip.train.matching import matching_loss
 from openblip.train.objectives import (
     clip_loss,
-    hard_negatives,
-    itm_loss,
     labelled_positions,
     lm_loss,
     momentum_update_,
@@ -209,10 +208,13 @@ class BlipTask(Task):
         ids, mask = batch["input_ids"], batch["attention_mask"]
         embeds = self.image_embeds(batch)
         images, texts = model.image_features(embeds), model.text_features(ids, mask)
-        losses, sim_i2t, sim_t2i, global_ids = self._itc({**batch, "image_embeds": embeds}, images, texts)
+        losses, sim_i2t, sim_t2i = self._itc({**batch, "image_embeds": embeds}, images, texts)
 
         memory = model.memory(embeds)
-        losses["itm"] = self._itm(memory, embeds, ids, mask, sim_i2t, sim_t2i, batch["image_ids"], global_ids)
+        losses["itm"] = matching_loss(
+            model, memory, embeds, ids, mask, (sim_i2t, sim_t2i), batch["image_ids"],
+            negatives=self.config.negatives, floor=self.config.negative_floor, generator=self.draws,
+        )  # fmt: skip
         if model.config.decoder:
             labels = next_token_labels(ids, mask)
             wanted, labels = labelled_positions(labels)
@@ -221,8 +223,8 @@ class BlipTask(Task):
             losses["lm"] = distributed.global_mean(*total)
         return losses
 
-    def _itc(self, batch: Batch, images: Tensor, texts: Tensor) -> tuple[Losses, Tensor, Tensor, Tensor]:
-        """ITC loss, the similarities to the global batch [B, G] both ways, and the global batch's image ids [G]."""
+    def _itc(self, batch: Batch, images: Tensor, texts: Tensor) -> tuple[Losses, Tensor, Tensor]:
+        """ITC loss, and the similarities to the global batch [B, G] both ways."""
         text_ids = batch["input_ids"].clone()
         text_ids[:, 0] = self.model.config.text.cls_token_id
         twin_images, twin_texts = self.twin.features(batch, text_ids)
@@ -248,56 +250,7 @@ class BlipTask(Task):
         if self.training:
             self.queue.push_(all_images, all_texts, global_ids)
         size = len(global_ids)
-        return {"itc": loss}, sim_i2t[:, :size], sim_t2i[:, :size], global_ids
-
-    def _itm(self, memory, embeds, ids, mask, sim_i2t, sim_t2i, image_ids, global_ids) -> Tensor:
-        """Positives, a hard negative text per image and a hard negative image per text: 3B rows, one memory."""
-        rows = len(ids)
-        own = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
-        if self.config.negatives == "local":
-            sim_i2t, sim_t2i, global_ids = sim_i2t[:, own], sim_t2i[:, own], global_ids[own]
-        forbidden = positive_pairs(image_ids, global_ids)
-        text_of_image, text_exists = self._draw(sim_i2t, forbidden, own)
-        image_of_text, image_exists = self._draw(sim_t2i, forbidden, own)
-
-        if self.config.negatives == "global" and distributed.world_size() > 1:
-            longest = int(distributed.all_gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-            ids, mask = (
-                F.pad(x, (0, longest - x.shape[1])) for x in (ids, mask)
-            )  # pad id and mask are both 0
-            negative_memory = self.model.memory(distributed.all_gather(embeds)[image_of_text])
-            negative_ids = distributed.all_gather(ids)[text_of_image]
-            negative_mask = distributed.all_gather(mask)[text_of_image]
-        else:
-            negative_memory = memory.rows(image_of_text)
-            negative_ids, negative_mask = ids[text_of_image], mask[text_of_image]
-
-        # Image i sees its own text and its hard negative text: rows 2i and 2i + 1 against its memory.
-        paired_ids = torch.stack([ids, negative_ids], dim=1).flatten(0, 1)
-        paired_mask = torch.stack([mask, negative_mask], dim=1).flatten(0, 1)
-        paired = self.model.itm_logits(memory, paired_ids, paired_mask)
-        strangers = self.model.itm_logits(negative_memory, ids, mask)
-
-        always = torch.ones_like(text_exists)
-        labels = torch.cat(
-            [torch.tensor([1, 0], device=ids.device).repeat(rows), torch.zeros_like(ids[:, 0])]
-        )
-        counted = torch.cat([torch.stack([always, text_exists], dim=1).flatten(), image_exists])
-        return distributed.global_mean(*itm_loss(torch.cat([paired, strangers]), labels, counted))
-
-    def _draw(self, similarity: Tensor, forbidden: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Hard negatives of this rank's rows; draws are made for the global batch, so topology changes nothing."""
-        if self.config.negatives == "local" or distributed.world_size() == 1:
-            return hard_negatives(
-                similarity, forbidden, floor=self.config.negative_floor, generator=self.draws
-            )
-        index, exists = hard_negatives(
-            distributed.all_gather(similarity.detach()),
-            distributed.all_gather(forbidden),
-            floor=self.config.negative_floor,
-            generator=self.draws,
-        )
-        return index[own], exists[own]
+        return {"itc": loss}, sim_i2t[:, :size], sim_t2i[:, :size]
 
 
 class CaptionTask(Task):

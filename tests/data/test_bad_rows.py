@@ -1,17 +1,21 @@
 """Bad rows are met one by one, with file, line and reason, and stop nothing; mistakes are explained."""
 
+import ast
 import csv
 import json
 import pickle
+import re
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import openblip
 from openblip.config import UserError
-from openblip.data.image import open_image
+from openblip.data.image import BadImage, open_image
 from openblip.data.sources import BadRow, BadRows, Source, open_source
 from tests.data.made import as_jsonl, csv_text, jsonl, parquet_bytes, png, tar_bytes, write
 
@@ -309,3 +313,24 @@ def test_other_errors_pass_through_and_bad_rows_survive_pickling():
         raise ZeroDivisionError
     copy = pickle.loads(pickle.dumps(BadRow("not_utf8", "x line 3", "why")))
     assert (str(copy), copy.reason) == ("x line 3: why (not_utf8)", "not_utf8")
+
+
+def reasons_in_the_code() -> dict[str, set[str]]:
+    """What `BadRow` and `BadImage` are raised with anywhere in the package; of "reason|detail" the reason."""
+    found: dict[str, set[str]] = {"BadRow": set(), "BadImage": set()}
+    for path in Path(openblip.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "id", None) if isinstance(node, ast.Call) else None
+            if name in found:
+                reason = node.args[0]  # a word, or that of another error passed on
+                assert isinstance(reason, ast.Constant | ast.Attribute | ast.Name), f"{path}:{node.lineno}"
+                found[name] |= {reason.value} if isinstance(reason, ast.Constant) else set()
+            elif path.name == "lines.py" and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found["BadRow"] |= set(re.findall(r"^([a-z_0-9]+)\|", node.value))
+    return found
+
+
+@pytest.mark.parametrize("error", [BadRow, BadImage])
+def test_the_list_of_reasons_is_complete_and_has_no_other(error):
+    listed = set(re.findall(r"`([a-z_0-9]+)`", error.__doc__)) - {"reason", "where", "detail", "max_pixels"}
+    assert len(listed) > 8 and listed == reasons_in_the_code()[error.__name__]

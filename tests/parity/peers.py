@@ -7,10 +7,11 @@ at all of its inputs.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipConfig, CLIPConfig, Dinov2Config
+from transformers import Blip2Config, BlipConfig, CLIPConfig, Dinov2Config
 
 from openblip.convert.huggingface import from_huggingface
 from openblip.models.layers import ACTIVATIONS, Attention, Mlp
@@ -65,6 +66,55 @@ def dinov2_config() -> Dinov2Config:
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8,
         attn_implementation="sdpa",
     )  # fmt: skip
+
+
+def blip2_sections(**qformer: bool) -> dict[str, dict]:
+    """Vision tower and Q-Former of a BLIP-2 or InstructBLIP: four layers, of which two look at the image."""
+    return {
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 32, "patch_size": 8, "initializer_range": 0.02,
+        },
+        "qformer_config": {
+            "vocab_size": DEC + 1, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "max_position_embeddings": 24, "pad_token_id": 0, **qformer,
+        },
+    }  # fmt: skip
+
+
+def blip2_retrieval_config() -> Blip2Config:
+    """Five queries; the language model it names is never made."""
+    return Blip2Config(
+        **blip2_sections(use_qformer_text_input=True), num_query_tokens=5, image_text_hidden_size=12
+    )
+
+
+def language_model(model_type: str) -> dict:
+    """A tiny one: of its 60 words 43 to 58 end a text, 0 pads, and 59 stands for the image."""
+    common = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [*range(43, 59)]}
+    decoder = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 16,
+        "max_position_embeddings": 64,
+    }
+    kinds = {
+        "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, **decoder},
+        "llama": {"intermediate_size": 24, "num_key_value_heads": 2, **decoder},
+        "t5": {
+            "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
+            "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False,
+        },
+    }  # fmt: skip
+    return {"model_type": model_type, **common, **kinds[model_type]}
+
+
+def save_words(folder: Path) -> None:
+    """The vocabulary of a BERT of 128 words as a tokenizer's file; [DEC] is the one behind them."""
+    words = [f"w{number}" for number in range(DEC)]
+    words[0], words[100], words[CLS], words[SEP] = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
 
 
 def random_peer(cls: type, config, seed: int = 0) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,6 +159,22 @@ def test_the_command_does_the_same_on_a_folder_of_ones_own(monkeypatch, tmp_path
     assert "data:image/" in (tmp_path / "out/report.html").read_text()
     (bad,) = (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()
     assert json.loads(bad)["reason"] == "not_an_image", "the story goes on without a broken picture"
+
+
+def test_told_again_it_took_as_long_as_the_first_time(monkeypatch, tmp_path):
+    def told(rows, out, config, say):
+        results = {"seed": config.seed, "seconds": next(seconds), "peak_mb": 7}
+        (out / "results.json").write_text(json.dumps(results))
+        return SimpleNamespace(results=results)
+
+    seconds = iter((600.0, 5.0))
+    monkeypatch.setattr(run_module, "tell", told)
+    monkeypatch.setattr(run_module, "write_report", lambda story, page: page)
+    folder = picture_folder(tmp_path / "mine", 2)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for _ in range(2):
+        assert run_module.run(folder, tmp_path / "out")["seconds"] == 600
+        assert json.loads((tmp_path / "out/results.json").read_text())["seconds"] == 600
 
 
 def test_what_cannot_be_told_is_said(rows, tmp_path):

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from openblip.api import load
 from openblip.config import UserError
 from openblip.data.rows import BadRows
 from openblip.data.sources import open_source
-from openblip.search.scan import scan
+from openblip.search.scan import can_rerank, scan
 from tests.curate.made import tiny_blip
-from tests.tiny_models import picture_folder
+from tests.tiny_models import picture_folder, save_clip
 
 QUERY = "a green square"
 
@@ -54,6 +55,15 @@ def test_the_itm_head_changes_the_order_of_the_head_alone(pipeline, source):
     )
     whole = scan(pipeline, source, QUERY, top=20, rerank=100)
     assert [hit["id"] for hit in whole] != [hit["id"] for hit in plain], "it can change the order"
+
+
+def test_clip_has_no_itm_head_and_ranks_by_cosine(source, tmp_path):
+    clip = load(save_clip(tmp_path / "clip"))
+    assert can_rerank(tiny_blip(5)) and not can_rerank(clip)
+    found = scan(clip, source, QUERY, top=20, rerank=4)
+    assert found == scan(clip, source, QUERY, top=20, rerank=0) and len(found) == 10
+    cosine = clip.embed_images([row.image for row in source]) @ clip.embed_texts(QUERY)
+    assert [hit["score"] for hit in found] == pytest.approx(sorted(cosine, reverse=True), abs=1e-5)
 
 
 def test_broken_pictures_and_rows_are_recorded_and_the_rest_is_found(pipeline, tmp_path):

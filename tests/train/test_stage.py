@@ -21,6 +21,7 @@ from openblip.hub import Pretrained, load_pretrained
 from openblip.models.blip import Blip, BlipConfig, without_encoder
 from openblip.models.blip_nlvr import BlipNlvr
 from openblip.models.blip_vqa import BlipVqa
+from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
 from openblip.models.text import TextConfig
 from openblip.recipes import Augment, Recipe
 from openblip.train import checkpoint, log
@@ -28,6 +29,7 @@ from openblip.train.config import TrainConfig
 from openblip.train.loop import fit
 from openblip.train.stage import cache_features, prepare, run_stage
 from openblip.train.tasks import BlipTask, BlipTaskConfig
+from tests.tiny_models import picture_folder, save_clip
 from tests.train import tiny
 
 WORDS = ("red", "green", "blue", "grey", "pink", "brown")
@@ -238,5 +240,79 @@ def test_a_stage_refuses_a_start_it_cannot_use(data, first, tmp_path):
     for stage in ("pretrain", "retrieval", "vqa", "nlvr"):
         with pytest.raises(UserError, match=f"{stage}: needs a model with its text encoder"):
             run_stage(recipe(stage), data[stage], tmp_path, init=captioner)
-    with pytest.raises(UserError, match="begins with a pre-trained BLIP, not with a BlipVqa"):
+    with pytest.raises(UserError, match="begins with a pre-trained Blip, not with a BlipVqa"):
         run_stage(recipe("caption"), data["caption"], tmp_path, init=start(tiny.vqa()))
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "caption", "vqa", "nlvr"])
+def test_a_fine_tune_does_not_silently_begin_with_random_weights(stage, data, first, tmp_path):
+    with pytest.raises(UserError, match=f"{stage}: fine-tunes a pre-trained model.*--init FOLDER"):
+        run_stage(recipe(stage), data[stage], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    wanted = weights(first / "model")["vision.class_embedding"]
+    for made in (
+        prepare(recipe(stage, init=str(first / "model")), []),
+        prepare(recipe(stage), [], init=load_pretrained(first / "model")),
+    ):
+        assert torch.equal(made.model.state_dict()["vision.class_embedding"], wanted)
+
+
+def test_a_fine_tune_may_begin_with_pretrained_parts(monkeypatch):
+    monkeypatch.setattr(
+        "openblip.convert.parts.minilm_text_", lambda text: text.embeddings.word.weight.data.fill_(3)
+    )
+    made = prepare(recipe("retrieval", text_init="minilm"), [])
+    assert (made.model.text_encoder.embeddings.word.weight == 3).all()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> tuple[Recipe, Source]:
+    """A recipe with the vocabulary and geometry of a tiny CLIP, and eight drawings."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = load_pretrained(save_clip(folder / "vocabulary")).model.config.text
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = ClipTextConfig(vocab_size=words.vocab_size, eos_token_id=words.eos_token_id, **sizes)
+    geometry = ClipConfig(clip_vision(32, 8, **sizes), text, projection_dim=16)
+    train = TrainConfig(
+        max_steps=100,
+        batch_size=8,
+        lr=2e-3,
+        schedule="constant",
+        log_every=1,
+        save_every=None,
+        weight_decay=0.0,
+    )
+    chosen = Recipe(
+        "clip",
+        train,
+        clip=geometry,
+        tokenizer=str(folder / "vocabulary"),
+        augment=None,
+        workers=0,
+        max_length=24,
+    )
+    return chosen, open_source(picture_folder(folder / "data", 8), cache_dir=folder / "cache")
+
+
+def test_clip_from_drawings_to_vectors_that_find_them(clip, tmp_path):
+    chosen, rows = clip
+    done = run_stage(chosen, rows, tmp_path)
+    losses = [line["losses"] for line in metrics(tmp_path)]
+    assert losses[0].keys() == {"itc"} and losses[0]["itc"] > 1.5 > 0.5 > losses[-1]["itc"]
+    model = openblip.load(done.folder)
+    assert type(model.model) is Clip and model.info["stage"] == "clip" and model.transform.resize == "crop"
+    images = model.embed_images([row.image for row in rows])
+    texts = model.embed_texts([row.captions[0] for row in rows])
+    assert images.shape == texts.shape == (8, chosen.clip.projection_dim)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-5)
+    assert ((images @ texts.T).argmax(axis=1) == np.arange(8)).all(), "each drawing finds its own caption"
+
+
+def test_clip_begins_with_a_vocabulary_or_with_a_clip(clip, first, tmp_path):
+    chosen, rows = clip
+    with pytest.raises(UserError, match="set the recipe's `tokenizer`"):
+        run_stage(replace(chosen, tokenizer=None), rows, tmp_path)
+    with pytest.raises(UserError, match="begins with a CLIP and its tokenizer"):
+        run_stage(replace(chosen, init=str(first / "model")), rows, tmp_path)
+    more = prepare(replace(chosen, tokenizer=None, init=chosen.tokenizer), rows)
+    assert_equal(more.model.state_dict(), weights(Path(chosen.tokenizer)))

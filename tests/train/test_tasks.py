@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from openblip.config import ConfigError
 from openblip.models.generation import GenerationConfig
-from openblip.train import checkpoint, distributed, log, tasks
-from openblip.train.config import TrainConfig
+from openblip.train import checkpoint, distributed, log, matching
 from openblip.train.loop import NonFiniteError, fit
 from openblip.train.tasks import (
     BlipTask,
@@ -42,28 +41,6 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "draw_curves", lambda metrics, picture: picture.write_bytes(b"curves"))
         yield
-
-
-def doubled(batch: dict) -> dict:
-    """The batch in float64."""
-    is_float = {key: isinstance(value, Tensor) and value.is_floating_point() for key, value in batch.items()}
-    return {key: value.double() if is_float[key] else value for key, value in batch.items()}
-
-
-def trained(task: Task, batch: dict, steps: int, lr: float = 1e-2) -> dict[str, float]:
-    """Train in place on one batch, the rate falling to zero; the losses before each step's end."""
-    weights = [weight for weight in task.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    losses: dict[str, Tensor] = {}
-    for step in range(steps):
-        task.begin_step(step)
-        losses = task(batch)
-        optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        schedule.step()
-    return {name: loss.item() for name, loss in losses.items()}
 
 
 # --- BLIP pre-training and retrieval against a slow reference -----------------------------------------------
@@ -151,14 +128,14 @@ def reference(task: BlipTask, batch: dict, text_of_image: Tensor, image_of_text:
 def recorded_draws(patch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(similarity, forbidden, index) of every draw of hard negatives from now on."""
     draws: list[tuple[Tensor, Tensor, Tensor]] = []
-    draw = tasks.hard_negatives
+    draw = matching.hard_negatives
 
     def recording(similarity: Tensor, forbidden: Tensor, **options):
         index, exists = draw(similarity, forbidden, **options)
         draws.append((similarity.detach(), forbidden, index))
         return index, exists
 
-    patch.setattr(tasks, "hard_negatives", recording)
+    patch.setattr(matching, "hard_negatives", recording)
     return draws
 
 
@@ -173,7 +150,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_blip_losses_and_gradients_equal_a_reference_that_projects_images_anew_each_time(stage, monkeypatch):
     task = blip_task(**STAGES[stage], alpha_ramp_steps=10).double()
-    batch = doubled(tiny.pairs(5))
+    batch = tiny.doubled(tiny.pairs(5))
     batch["image_ids"] = torch.tensor([7, 8, 7, 9, 10])  # two captions of one picture
     batch["input_ids"][:, 0] = 9  # each use puts its own token there
     task.queue.ids.copy_(torch.tensor([9, -100, 7, 55, 8, -100]))
@@ -227,7 +204,7 @@ def test_gradient_checkpointing_changes_nothing():
         task = blip_task().double()
         task.set_grad_checkpointing(enabled)
         task.begin_step(0)
-        torch.stack(list(task(doubled(tiny.pairs(4))).values())).sum().backward()
+        torch.stack(list(task(tiny.doubled(tiny.pairs(4))).values())).sum().backward()
         found.append(
             {name: weight.grad for name, weight in task.named_parameters() if weight.grad is not None}
         )
@@ -399,7 +376,7 @@ def test_impossible_settings_are_refused(wrong):
 
 
 def test_caption_loss_is_the_mean_over_labelled_tokens_of_captions_alone():
-    model, batch = tiny.stir_(tiny.blip(encoder=False)).double(), doubled(tiny.prompted(4))
+    model, batch = tiny.stir_(tiny.blip(encoder=False)).double(), tiny.doubled(tiny.prompted(4))
     losses = []
     for row in range(4):
         real = int(batch["attention_mask"][row].sum())
@@ -415,7 +392,7 @@ def test_caption_loss_is_the_mean_over_labelled_tokens_of_captions_alone():
 
 
 def test_vqa_loss_is_that_of_every_answer_alone():
-    model, batch = tiny.stir_(tiny.vqa()).double(), doubled(tiny.questions(4))
+    model, batch = tiny.stir_(tiny.vqa()).double(), tiny.doubled(tiny.questions(4))
     total = 0.0
     for answer, question in enumerate(batch["answer_question"].tolist()):
         asked, said = (
@@ -434,7 +411,7 @@ def test_vqa_loss_is_that_of_every_answer_alone():
 
 
 def test_nlvr_loss_is_that_of_every_pair_alone():
-    model, batch = tiny.stir_(tiny.nlvr()).double(), doubled(tiny.statements(4))
+    model, batch = tiny.stir_(tiny.nlvr()).double(), tiny.doubled(tiny.statements(4))
     losses = []
     for row in range(4):
         real = int(batch["attention_mask"][row].sum())
@@ -445,7 +422,7 @@ def test_nlvr_loss_is_that_of_every_pair_alone():
 
 
 def test_clip_loss_is_over_all_pairs_of_the_batch():
-    model, batch = tiny.stir_(tiny.clip()).double(), doubled(tiny.pairs(4))
+    model, batch = tiny.stir_(tiny.clip()).double(), tiny.doubled(tiny.pairs(4))
     images = torch.cat([model.image_features(model.vision(one[None])) for one in batch["pixel_values"]])
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     texts = torch.cat([model.text_features(ids[None, :n]) for ids, n in zip(batch["input_ids"], lengths)])
@@ -477,7 +454,7 @@ def assert_captions_come_back(model, batch: dict, prompt: int) -> None:
 
 def test_clip_learns_eight_pairs():
     task, batch = ClipTask(tiny.stir_(tiny.clip())), tiny.pairs()
-    assert trained(task, batch, 60)["itc"] < 0.02
+    assert tiny.trained(task, batch, 60)["itc"] < 0.02
 
 
 def assert_retrieval_is_perfect(model, batch: dict) -> None:
@@ -506,7 +483,7 @@ def test_pretraining_learns_eight_pairs():
     torch.manual_seed(1)
     config = BlipTaskConfig(queue_size=16, label_smoothing=0.0, **EVENLY)
     task, batch = BlipTask(tiny.stir_(tiny.blip()), config), tiny.pairs()
-    losses = trained(task, batch, 150)
+    losses = tiny.trained(task, batch, 150)
     assert losses["itm"] < 0.05 and losses["lm"] < 0.03
     assert losses["itc"] < 1.2  # three positives share each target: not below log 3 = 1.0986
     assert_retrieval_is_perfect(task.model, batch)
@@ -517,14 +494,14 @@ def test_retrieval_learns_eight_pairs():
     torch.manual_seed(1)
     task = BlipTask(tiny.stir_(tiny.blip(decoder=False)), BlipTaskConfig(queue_size=0, **EVENLY))
     batch = tiny.pairs()
-    losses = trained(task, batch, 150)
+    losses = tiny.trained(task, batch, 150)
     assert losses["itc"] < 0.05 and losses["itm"] < 0.05
     assert_retrieval_is_perfect(task.model, batch)
 
 
 def test_captioning_learns_eight_captions_by_heart():
     task, batch = CaptionTask(tiny.stir_(tiny.blip(encoder=False)), label_smoothing=0.0), tiny.prompted()
-    assert trained(task, batch, 100)["lm"] < 0.03
+    assert tiny.trained(task, batch, 100)["lm"] < 0.03
     assert_captions_come_back(task.model, batch, prompt=2)
 
 
@@ -533,7 +510,7 @@ def test_vqa_learns_eight_answers_by_heart():
     once = batch["answer_weights"] >= 0.7  # the answer most people gave
     for name in ("answer_ids", "answer_mask", "answer_weights", "answer_question"):
         batch[name] = batch[name][once]
-    assert trained(task, batch, 100)["lm"] < 0.05
+    assert tiny.trained(task, batch, 100)["lm"] < 0.05
     model = task.model.eval()
     with torch.no_grad():
         embeds = model.encode_image(batch["pixel_values"])
@@ -545,34 +522,10 @@ def test_vqa_learns_eight_answers_by_heart():
 
 def test_nlvr_learns_eight_judgements():
     task, batch = NlvrTask(tiny.stir_(tiny.nlvr())), tiny.statements()
-    assert trained(task, batch, 60)["nlvr"] < 0.02
+    assert tiny.trained(task, batch, 60)["nlvr"] < 0.02
 
 
 # --- in the loop: stopped and resumed, broken, on two processes ---------------------------------------------
-
-
-class Batches:
-    """Batch number k of 8 samples, or this rank's share of it, with its texts cut to their own longest."""
-
-    def __init__(self, made, shared: bool = False) -> None:
-        self.made, self.shared = made, shared
-
-    def batches(self, start: int):
-        while True:
-            batch = self.made(8, start)
-            if self.shared:
-                share = 8 // distributed.world_size()
-                rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-                batch = {key: value[rows] for key, value in batch.items()}
-                longest = int(batch["attention_mask"].sum(dim=1).max())
-                batch |= {key: batch[key][:, :longest] for key in ("input_ids", "attention_mask")}
-            yield batch
-            start += 1
-
-
-def settings(steps: int, **changes) -> TrainConfig:
-    constant = {"lr": 1e-3, "schedule": "constant", "log_every": 1, "save_every": None}
-    return TrainConfig(max_steps=steps, batch_size=8, **constant | changes)
 
 
 def retrieval() -> Task:
@@ -603,7 +556,9 @@ def test_a_run_in_two_parts_is_bitwise_the_run_in_one(name, tmp_path):
 
     def run(seed: int, steps: int, folder: str):
         torch.manual_seed(seed)
-        return fit(build(), Batches(made), settings(steps, accumulate=accumulate), tmp_path / folder)
+        return fit(
+            build(), tiny.Batches(made), tiny.settings(steps, accumulate=accumulate), tmp_path / folder
+        )
 
     whole = run(0, 5, "whole")
     run(0, 2, "parts")
@@ -627,7 +582,7 @@ def test_a_broken_picture_is_named_by_the_finite_guard(tmp_path):
         return batch
 
     with pytest.raises(NonFiniteError, match="loss itc is nan"):
-        fit(pretraining(), Batches(broken), settings(1), tmp_path)
+        fit(pretraining(), tiny.Batches(broken), tiny.settings(1), tmp_path)
     assert "0/3" in (tmp_path / "bad_batch.json").read_text()
 
 
@@ -654,7 +609,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("pretrain", "retrieval"):
         alone = shared_task(name)
-        fit(alone, Batches(tiny.pairs, shared=True), settings(3), tmp_path / "one" / name)
+        fit(alone, tiny.Batches(tiny.pairs, shared=True), tiny.settings(3), tmp_path / "one" / name)
         one, two = losses_of(tmp_path / "one" / name), losses_of(tmp_path / "two" / name)
         assert len(one) == len(two) == 3
         for a, b in zip(one, two):
@@ -670,8 +625,8 @@ if __name__ == "__main__":
     for stage in ("pretrain", "retrieval"):
         fit(
             shared_task(stage),
-            Batches(tiny.pairs, shared=True),
-            settings(3),
+            tiny.Batches(tiny.pairs, shared=True),
+            tiny.settings(3),
             Path(sys.argv[1]) / "two" / stage,
         )
     distributed.shutdown()

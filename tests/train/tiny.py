@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from openblip.models.blip import Blip, BlipConfig
+from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
+from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
+from openblip.train import distributed
+from openblip.train.config import TrainConfig
+from openblip.train.tasks import Task
 
 CLS, SEP, DEC, ENC = 1, 2, 3, 4
 WORDS = 30  # ids 5 to 34
@@ -40,6 +45,14 @@ def vqa(dropout: float = 0.0) -> BlipVqa:
 
 def nlvr(dropout: float = 0.0) -> BlipNlvr:
     return BlipNlvr(BlipNlvrConfig(vision(), text(dropout=dropout)))
+
+
+def blip2(*, dropout: float = 0.0, decoder: bool = True, **changes: Any) -> Blip2:
+    settings = {"vocab_size": 5 + WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"intermediate_size": 64, "max_position_embeddings": 16, "num_query_tokens": 3}
+    ids = {"cls_token_id": CLS, "sep_token_id": SEP, "dec_token_id": DEC}
+    qformer = QFormerConfig(**settings | ids | changes, dropout=dropout)
+    return Blip2(Blip2Config(vision(), qformer, projection_dim=16, decoder=decoder))
 
 
 def clip() -> Clip:
@@ -108,3 +121,49 @@ def statements(rows: int = 8, seed: int = 0) -> dict[str, Any]:
     right = pairs(rows, seed + 1000)["pixel_values"]
     batch["pixel_values"] = torch.cat([batch["pixel_values"], right])
     return {**batch, "labels": torch.arange(rows) % 2}
+
+
+def doubled(batch: dict) -> dict:
+    """The batch in float64."""
+    is_float = {key: isinstance(value, Tensor) and value.is_floating_point() for key, value in batch.items()}
+    return {key: value.double() if is_float[key] else value for key, value in batch.items()}
+
+
+def trained(task: Task, batch: dict, steps: int, lr: float = 1e-2) -> dict[str, float]:
+    """Train in place on one batch, the rate falling to zero; the losses before each step's end."""
+    weights = [weight for weight in task.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    losses: dict[str, Tensor] = {}
+    for step in range(steps):
+        task.begin_step(step)
+        losses = task(batch)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        schedule.step()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+class Batches:
+    """Batch number k of 8 samples, or this rank's share of it, with its texts cut to their own longest."""
+
+    def __init__(self, made, shared: bool = False) -> None:
+        self.made, self.shared = made, shared
+
+    def batches(self, start: int):
+        while True:
+            batch = self.made(8, start)
+            if self.shared:
+                share = 8 // distributed.world_size()
+                rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+                batch = {key: value[rows] for key, value in batch.items()}
+                longest = int(batch["attention_mask"].sum(dim=1).max())
+                batch |= {key: batch[key][:, :longest] for key in ("input_ids", "attention_mask")}
+            yield batch
+            start += 1
+
+
+def settings(steps: int, **changes) -> TrainConfig:
+    constant = {"lr": 1e-3, "schedule": "constant", "log_every": 1, "save_every": None}
+    return TrainConfig(max_steps=steps, batch_size=8, **constant | changes)

@@ -1,0 +1,239 @@
+"""The commands that make something: models, cleaned data, a page on the hub. Those that use it are in `cli`."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from openblip.recipes import Recipe
+
+# Positional arguments, under the names that help shows them by.
+RecipeName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
+ModelFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
+RepoName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")]]
+
+
+def quickstart(
+    data: Path | None = None,
+    out: Path = Path("quickstart"),
+    seed: int = 0,
+    noise: float = 0.4,
+    human: int = 300,
+    test: int = 400,
+    json: bool = False,
+) -> None:
+    """Take noisy pairs, train BLIP, bootstrap the captions with CapFilt, train again, and show what it gained.
+
+    Args:
+        data: your own pictures with true captions (any layout `openblip info` understands); otherwise OpenMoji
+            drawings from registry packages.
+        out: folder for models, report.html and results.json; a second call goes on where the first one stopped.
+        seed: of the split, the planted noise, and all training.
+        noise: share of the web pairs whose captions are planted wrong.
+        human: how many pairs count as human-labelled.
+        test: how many pairs are kept for the test.
+        json: print the results as JSON.
+    """
+    from openblip.quickstart.run import run
+
+    results = run(data, out, seed=seed, noise=noise, human=human, test=test)
+    print_answer(results, json, lambda: f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
+
+
+def train(
+    recipe: RecipeName,
+    data: Path,
+    out: Path,
+    split: str | None = None,
+    init: str | None = None,
+    tokenizer: str | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    json: bool = False,
+) -> None:
+    """Train one stage. Interrupted, the same call goes on; under torchrun, several processes share the batches.
+
+    Args:
+        recipe: the name of a recipe (`openblip info` lists them), or a JSON file of one.
+        data: image-text pairs, questions, or whatever the stage needs.
+        out: run folder; the model lands in its `model` folder.
+        split: of the data.
+        init: model folder or hub name to begin with; a fine-tune needs one.
+        tokenizer: folder with a vocabulary, for a CLIP that begins with nothing.
+        steps: optimizer steps, instead of the recipe's.
+        batch_size: pairs per step, instead of the recipe's.
+        lr: learning rate, instead of the recipe's.
+        seed: instead of the recipe's.
+        json: print where the model is and the last losses as JSON.
+    """
+    from dataclasses import replace
+
+    from openblip.data.sources import open_source
+    from openblip.train.stage import run_stage
+
+    chosen = _recipe(recipe)
+    given = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "max_steps" in changes:
+        changes["warmup_steps"] = min(chosen.train.warmup_steps, changes["max_steps"])
+    if "lr" in changes:
+        changes["min_lr"] = min(chosen.train.min_lr, changes["lr"])
+        changes["warmup_lr"] = min(chosen.train.warmup_lr, changes["lr"])
+    begin, words = init or chosen.init, tokenizer or chosen.tokenizer
+    chosen = replace(chosen, train=replace(chosen.train, **changes), init=begin, tokenizer=words)
+    result = run_stage(chosen, open_source(str(data), split=split), out)
+    answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
+    print_answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
+
+
+def capfilt(
+    data: Path,
+    out: Path,
+    captioner: str,
+    filter: str,
+    split: str | None = None,
+    captions: int = 1,
+    prompt: str | None = None,
+    top_p: float = 0.9,
+    threshold: float = 0.5,
+    top_k: int | None = None,
+    human: Path | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    json: bool = False,
+) -> None:
+    """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
+
+    `openblip bootstrap` makes captioner and filter itself, and the better model, in one round or several.
+
+    Args:
+        data: web pairs, any layout `openblip info` understands.
+        out: job folder: scores, report.html, and the cleaned data as parquet and webdataset tars.
+        captioner: a captioning model (folder or hub name).
+        filter: a retrieval model.
+        split: of the data.
+        captions: written per picture.
+        prompt: begin of every written caption; the captioner's own if not given.
+        top_p: of nucleus sampling.
+        threshold: keep texts with at least this P(match); may be changed later without judging again.
+        top_k: BLIP-2's rule instead: keep each picture's k best texts by ITC similarity.
+        human: human-labelled pairs to add unchanged.
+        seed: with a picture's id, decides what is sampled.
+        batch_size: pictures at a time.
+        json: print the counts as JSON.
+    """
+    from dataclasses import replace
+
+    from openblip.api import load
+    from openblip.curate import dataset, engine
+    from openblip.curate.capfilt import CapFilt, CapFiltConfig, nucleus
+    from openblip.curate.report import write_report
+    from openblip.data.sources import open_source
+
+    generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
+    worker = CapFilt(load(captioner), load(filter), CapFiltConfig(generation, prompt, seed))
+    source = open_source(str(data), split=split)
+    result = engine.run(worker, source, out, batch_size=batch_size)
+    extra = dataset.HumanRows(open_source(str(human)), out / "bad_human_rows.jsonl") if human else None
+    for written in ("parquet", "webdataset"):  # by this command before, perhaps at another threshold
+        shutil.rmtree(out / written, ignore_errors=True)
+    rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
+    if top_k is not None:
+        rule = {"rule": "top_k", "k": top_k}
+    dataset.write_parquet(out, source, out / "parquet", human=extra, **rule)
+    dataset.write_webdataset(out, source, out / "webdataset", human=extra, **rule)
+    write_report(out, source, out / "report.html", threshold=threshold)
+    print_answer(vars(result), json, lambda: f"report: {out / 'report.html'}")
+
+
+def bootstrap(
+    data: Path,
+    human: Path,
+    out: Path,
+    rounds: int = 1,
+    model: str | None = None,
+    pretrain: str = "small_pretrain",
+    caption: str = "small_caption",
+    retrieval: str = "small_retrieval",
+    split: str | None = None,
+    captions: int = 1,
+    threshold: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 32,
+    json: bool = False,
+) -> None:
+    """The whole of CapFilt, in rounds: captioner and filter from a model, cleaned data, a better model (BLIP §3.3).
+
+    A round fine-tunes captioner and filter from the newest model on the human pairs, cleans the web pairs with
+    them, and pre-trains a new model on what is left and the human pairs. The next round cleans the same web pairs
+    again, with what it makes of the new model. Interrupted, or called with more rounds, it goes on.
+
+    Args:
+        data: web pairs, any layout `openblip info` understands.
+        human: human-labelled pairs.
+        out: folder; round N leaves its report, its data and its model in roundN.
+        rounds: how many.
+        model: pre-trained on the web pairs already (folder or hub name); otherwise that comes first, in round0.
+        pretrain: recipe of every pre-training: a name (`openblip info` lists them) or a JSON file.
+        caption: recipe of the captioner's fine-tune.
+        retrieval: recipe of the filter's fine-tune.
+        split: of the web pairs.
+        captions: written per picture.
+        threshold: keep texts with at least this P(match).
+        seed: with a picture's id, decides what is sampled.
+        batch_size: pictures at a time, when cleaning.
+        json: print the figures of every round as JSON.
+    """
+    from dataclasses import replace
+
+    from openblip.curate.capfilt import CapFiltConfig, nucleus
+    from openblip.curate.rounds import RoundsConfig, run_rounds
+    from openblip.data.sources import open_source
+
+    worker = CapFiltConfig(replace(nucleus(), num_return_sequences=captions), seed=seed)
+    config = RoundsConfig(_recipe(pretrain), _recipe(caption), _recipe(retrieval), worker, threshold)
+    found = run_rounds(
+        open_source(str(data), split=split), open_source(str(human)), out, config,
+        rounds=rounds, model=model, batch_size=batch_size, say=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print_answer(found, json, lambda: f"model: {found[-1]['model']}")
+
+
+def push(folder: ModelFolder, name: RepoName, private: bool = False, json: bool = False) -> None:
+    """Publish a model folder on the Hugging Face hub; log in first with `hf auth login`, or set HF_TOKEN.
+
+    Args:
+        folder: of a model that openblip saved.
+        name: on the hub.
+        private: for you alone, if it is new there.
+        json: print {url} as JSON.
+    """
+    from openblip.hub import push_to_hub
+
+    url = push_to_hub(folder, name, private=private)
+    print_answer({"url": url}, json, lambda: url)
+
+
+def _recipe(name: str) -> "Recipe":
+    """By its name, or from a JSON file."""
+    from openblip.config import load_json
+    from openblip.recipes import Recipe, recipe_named
+
+    return load_json(Recipe, name) if name.endswith(".json") else recipe_named(name)
+
+
+def print_answer(value: Any, json: bool, text: Callable[[], str]) -> None:
+    """Print what a command found: as JSON for programs, else as `text` says it to people."""
+    print(as_json(value) if json else text())
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON; what it does not know is written as text."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,262 @@
+"""Texts for a language model: prompts, chats and answers to ids, training samples with their labels, ids to text.
+
+    decoder-only        input_ids   start  prompt    target   end   padding
+                        labels      -100   -100      target   end   -100
+
+    encoder-decoder     input_ids   (start) prompt (end)  padding
+                        labels      (start) target  end   -100
+
+A prompt is tokenised by itself, in training as in use, and the target behind it by itself; the space between them
+belongs to the target. The image is no token here: its soft prompt stands before all of this.
+
+Shapes: B texts, L tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from openblip.config import UserError
+
+Message = Mapping[str, str]  # {"role": "user", "content": "..."}
+Prompt = str | Sequence[Message]
+
+# InstructBLIP: instructions of at most 128 tokens, cut on the left; outputs of 256 with the start token that is then
+# taken off, cut on the right (§3.5 of its released code's reading in LAVIS, blip2_vicuna_instruct).
+INSTRUCT_PROMPT, INSTRUCT_TARGET = 128, 255
+
+
+@dataclass(frozen=True)
+class TextQuirks:
+    """Where a family's texts differ from what its tokenizer says.
+
+    start: the token before a text, whatever the tokenizer puts there. end: what ends a text, instead of the
+    tokenizer's end token. rewrite: ids that a model writes in place of others.
+    """
+
+    start: str | None = None
+    end: str | None = None
+    rewrite: Mapping[int, int] = field(default_factory=dict)
+
+
+# By model_type; "vicuna" is a llama whose tokenizer the released InstructBLIP changed.
+QUIRKS = {
+    "opt": TextQuirks(start="</s>", end="\n"),
+    "vicuna": TextQuirks(start="</s>", end="</s>", rewrite={0: 2}),
+}
+
+
+class LmTokenizer:
+    """The tokenizer of a language model: a fast one of transformers, without its surprises.
+
+    What a text says is never control: "</s>" in a caption is encoded letter by letter. In the messages of a chat it is
+    refused, since a chat template marks its turns with such words.
+
+    Args:
+        tokenizer: of transformers.
+        family: the model's `model_type`, or another name in `QUIRKS`.
+        encoder_decoder: prompts go to an encoder, which wants the tokenizer's end token behind them.
+
+    Raises:
+        UserError: not a fast tokenizer, or its vocabulary lacks what the family wants.
+    """
+
+    def __init__(self, tokenizer: Any, family: str = "", *, encoder_decoder: bool = False) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise UserError(
+                f"{type(tokenizer).__name__}: not a fast tokenizer; give a folder with tokenizer.json"
+            )
+        self._tokenizer = tokenizer
+        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy, to be set up as we need it
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.encoder_decoder = encoder_decoder
+        self.quirks = QUIRKS.get(family, TextQuirks())
+        probe = self.encode("a")
+        whole = self._backend.encode("a").ids  # with what the tokenizer puts around a text
+        at = next(i for i in range(len(whole)) if whole[i : i + len(probe)] == probe)
+        self.start_ids: list[int] = whole[:at]
+        self.prompt_end_ids: list[int] = whole[at + len(probe) :] if encoder_decoder else []
+        if self.quirks.start is not None:
+            self.start_ids = [self._id(self.quirks.start)]
+        self._adds_space = (self._backend.id_to_token(probe[0]) or "").startswith("▁")
+        self.end_id = self._end_id()
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = self.end_id if pad is None else pad
+
+    @classmethod
+    def load(cls, source: str | Path, family: str = "", *, encoder_decoder: bool = False) -> "LmTokenizer":
+        """From a folder or a name on the hub. Raises UserError: there is none, or transformers is not installed."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise UserError("this tokenizer needs transformers: pip install 'openblip[lm]'") from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source))
+        except (OSError, ValueError, ImportError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise UserError(f"{source}: no tokenizer to load here: {line}") from None
+        return cls(tokenizer, family, encoder_decoder=encoder_decoder)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load` reads."""
+        self._tokenizer.save_pretrained(str(folder))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether a prompt may be a chat."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text alone. A lone surrogate, which JSON can hold and UTF-8 cannot, is read as "?"."""
+        sound = text.encode("utf-8", "replace").decode("utf-8")
+        return self._backend.encode(sound, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Generated ids [L] -> text, without special tokens and without what follows the end."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        ids = [self.quirks.rewrite.get(number, number) for number in ids]
+        if self.end_id in ids:
+            ids = ids[: ids.index(self.end_id)]
+        return self._backend.decode(ids, skip_special_tokens=True).strip()
+
+    def prompts(
+        self,
+        prompts: Sequence[Prompt],
+        max_length: int | None = None,
+        *,
+        padding: Literal["left", "right"] = "right",
+    ) -> dict[str, Tensor]:
+        """Prompts, texts or chats -> {"input_ids", "attention_mask"} [B, L], mask 1 for what is real.
+
+        A prompt of more than `max_length` tokens loses its beginning, but not the start token. Without `max_length`
+        nothing is cut: the language model says if it is too much.
+
+        Raises UserError: a chat, and the language model has no chat template; or a chat with control tokens in it.
+        """
+        rows = [self._prompt_ids(prompt, max_length) for prompt in prompts]
+        ids, mask = self._padded(rows, self.pad_id, padding)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def training(
+        self,
+        prompts: Sequence[Prompt],
+        targets: Sequence[str],
+        *,
+        max_prompt: int = INSTRUCT_PROMPT,
+        max_target: int = INSTRUCT_TARGET,
+    ) -> dict[str, Tensor]:
+        """Pairs -> {"input_ids", "attention_mask", "labels"}, see the head of this file; padding last.
+
+        Prompts are cut on the left, targets on the right, where they lose their end: a text cut off has not ended.
+
+        Raises UserError: a target without words, or what `prompts` raises.
+        """
+        heads = [self._prompt_ids(prompt, max_prompt) for prompt in prompts]
+        tails = [
+            self.target_ids(prompt, text, max_target) for prompt, text in zip(prompts, targets, strict=True)
+        ]
+        if self.encoder_decoder:
+            ids, mask = self._padded(heads, self.pad_id)
+            return {"input_ids": ids, "attention_mask": mask, "labels": self._padded(tails, -100)[0]}
+        rows = [head + tail for head, tail in zip(heads, tails)]
+        labels = [[-100] * len(head) + tail for head, tail in zip(heads, tails)]
+        ids, mask = self._padded(rows, self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask, "labels": self._padded(labels, -100)[0]}
+
+    def target_ids(self, prompt: Prompt, target: str, max_length: int = INSTRUCT_TARGET) -> list[int]:
+        """What a model is to write after the prompt, with the token that ends it."""
+        if not target.strip():
+            raise UserError(f"the text to write after the prompt {_shown(prompt)} has no words")
+        if self.encoder_decoder:
+            return [*self.start_ids, *self.encode(target), self.end_id][:max_length]
+        is_continued = isinstance(prompt, str) and prompt.strip() and not prompt.endswith("\n")
+        gap = " " if is_continued and not self._adds_space and not target[0].isspace() else ""
+        return [*self.encode(gap + target), self.end_id][:max_length]
+
+    def candidates(self, prompt: Prompt, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Answers to choose from after one prompt, for ranking: {"answer_ids", "answer_mask"} [C, L]."""
+        ids, mask = self._padded([self.target_ids(prompt, text) for text in texts], self.pad_id)
+        return {"answer_ids": ids, "answer_mask": mask}
+
+    def _prompt_ids(self, prompt: Prompt, max_length: int | None) -> list[int]:
+        if isinstance(prompt, str):
+            start, text = self.start_ids, self.encode(prompt.rstrip(" "))
+        else:
+            start, text = [], self._chat_ids(prompt)
+        if max_length is not None:
+            room = max(0, max_length - len(start) - len(self.prompt_end_ids))
+            text = text[max(0, len(text) - room) :]
+        return [*start, *text, *self.prompt_end_ids]
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Messages in the form the language model was taught, up to where it answers."""
+        if not self.has_chat_template:
+            raise UserError("this language model has no chat template: give the prompt as plain text")
+        added = self._tokenizer.added_tokens_decoder.values()
+        control = [token.content for token in added if token.special]
+        for message in messages:
+            for token in control:
+                if token in message["content"]:
+                    raise UserError(
+                        f"the message {_shown(message['content'])} holds the control token {token}"
+                    )
+        text = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _padded(
+        self, rows: Sequence[Sequence[int]], fill: int, padding: str = "right"
+    ) -> tuple[Tensor, Tensor]:
+        """Rows in one tensor [B, L], L the longest, and the mask of what is real."""
+        width = max(map(len, rows), default=0)
+        ids = torch.full((len(rows), width), fill, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            place = slice(width - len(row), width) if padding == "left" else slice(0, len(row))
+            ids[number, place] = torch.tensor(row, dtype=torch.int64)
+            mask[number, place] = 1
+        return ids, mask
+
+    def _end_id(self) -> int:
+        if self.quirks.end is not None:
+            known = self._backend.token_to_id(self.quirks.end)
+            ids = self.encode(self.quirks.end) if known is None else [known]
+            if len(ids) != 1:
+                raise UserError(
+                    f"the tokenizer has no single token for {self.quirks.end!r}, which ends a text here"
+                )
+            return ids[0]
+        if self._tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer names no end token (eos_token)")
+        return self._tokenizer.eos_token_id
+
+    def _id(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"the tokenizer lacks the token {token}, with which a text begins here")
+        return found
+
+
+def split_for_prefix_lm(text: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A caption in two: what the encoder reads, and what the decoder is to write (BLIP-2 §3.3, prefix LM).
+
+    Cut between words at a place drawn from `rng`; the first part may be empty, the second is not.
+    """
+    words = text.split()
+    cut = int(rng.integers(max(1, len(words))))
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def _shown(prompt: Prompt) -> str:
+    text = prompt if isinstance(prompt, str) else str(list(prompt))
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,227 @@
+"""BLIP-2, stage 2 (Li et al. 2023, §3.3), and InstructBLIP (Dai et al. 2023): a frozen language model sees.
+
+    pixel_values ─ vision (frozen) ─ image_embeds ─ ln_vision ─ memory
+                                                                  │
+    queries (+ instruction text: InstructBLIP) ─ Q-Former ────────┘
+                        │ the queries' outputs
+                    projection ─ soft prompt [B, Q, H] ─┐
+                                                        ├─ language model (frozen) ── next word
+                    prompt and text ────────────────────┘
+
+Trained are queries, Q-Former, ln_vision, projection, and adapters if the language model has some.
+
+Shapes: B images, T frames of a video, N image tokens, De their width, Q queries (T · Q for a video), P prompt tokens,
+L text tokens, K labelled positions, C candidate answers, H width of the language model, V its vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openblip.config import ConfigError
+from openblip.models.generation import Generated, GenerationConfig, generate, stream
+from openblip.models.layers import init_weights
+from openblip.models.lm import Decoding, LanguageModel, LmConfig
+from openblip.models.qformer import QFormer, QFormerConfig
+from openblip.models.text import Memory
+from openblip.models.vit import VisionConfig, build_vision, vit_large
+
+
+@dataclass
+class Blip2LlmConfig:
+    """Stage 2 of BLIP-2. `qformer_text`: InstructBLIP, whose Q-Former reads the instruction too.
+
+    `freeze_vision` keeps the tower in eval mode and out of the gradient. Raises ConfigError: `qformer_text` with a
+    Q-Former that has no text part.
+    """
+
+    lm: LmConfig
+    vision: VisionConfig = field(default_factory=vit_large)
+    qformer: QFormerConfig = field(default_factory=lambda: QFormerConfig(text=False))
+    freeze_vision: bool = True
+    qformer_text: bool = False
+    ln_vision_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.qformer_text and not self.qformer.text:
+            raise ConfigError("qformer_text: the Q-Former has no text part; set qformer.text")
+
+
+class Blip2Llm(nn.Module):
+    """Image encoder, Q-Former, projection, language model. `lm`: the one with its weights; None: fresh ones."""
+
+    def __init__(self, config: Blip2LlmConfig, lm: LanguageModel | None = None) -> None:
+        super().__init__()
+        self.config = config
+        width = config.vision.hidden_size
+        self.vision = build_vision(config.vision)
+        # Belongs to the bridge: trained even when the tower is not.
+        self.ln_vision = nn.LayerNorm(width, eps=config.ln_vision_eps)
+        self.qformer = QFormer(config.qformer, encoder_width=width)
+        self.lm = LanguageModel(config.lm) if lm is None else lm
+        self.projection = nn.Linear(config.qformer.hidden_size, self.lm.hidden_size)
+        self.projection.apply(init_weights)
+        if config.freeze_vision:
+            self.vision.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Blip2Llm":
+        """Training mode; a frozen vision tower and the language model stay in eval mode."""
+        super().train(mode)
+        if self.config.freeze_vision:
+            self.vision.eval()
+        return self
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute activations of tower and Q-Former in the backward pass."""
+        self.vision.set_grad_checkpointing(enabled and not self.config.freeze_vision)
+        self.qformer.set_grad_checkpointing(enabled)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, S, S] -> image_embeds [B, N, De]: the tower's tokens, before `ln_vision`.
+
+        Video [B, T, 3, S, S] -> [B, T, N, De].
+        """
+        frames = pixel_values.flatten(0, -4)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
+            return self.vision(frames).unflatten(0, pixel_values.shape[:-3])
+
+    def memory(self, image_embeds: Tensor) -> Memory:
+        """image_embeds [B, N, De] -> keys and values of every layer that looks at them, projected once."""
+        return self.qformer.memory(self.ln_vision(image_embeds))
+
+    def soft_prompt(
+        self, image_embeds: Tensor, qformer_ids: Tensor | None = None, qformer_mask: Tensor | None = None
+    ) -> Tensor:
+        """What the language model is shown: image_embeds [B, N, De] -> [B, Q, H].
+
+        With `qformer_text`, qformer_ids [B, L'] and qformer_mask [B, L'] are the instructions in the Q-Former's
+        vocabulary, [CLS] first. Video [B, T, N, De]: each frame for itself, then all of their queries in one row,
+        [B, T · Q, H]. Raises ValueError: instructions are missing, or not wanted.
+        """
+        if (qformer_ids is not None) != self.config.qformer_text:
+            wanted = "wants instruction ids" if self.config.qformer_text else "takes no instruction ids"
+            raise ValueError(f"the Q-Former of this model {wanted} (qformer_text)")
+        frames = image_embeds.shape[1] if image_embeds.ndim == 4 else 1
+        memory = self.memory(image_embeds.flatten(0, 1) if image_embeds.ndim == 4 else image_embeds)
+        if qformer_ids is None:
+            states = self.qformer.encode_queries(memory)
+        else:
+            ids = qformer_ids.repeat_interleave(frames, dim=0)
+            mask = None if qformer_mask is None else qformer_mask.repeat_interleave(frames, dim=0)
+            states = self.qformer.encode_both(memory, ids, mask)[:, : self.config.qformer.num_query_tokens]
+        return self.projection(states).reshape(len(image_embeds), -1, self.lm.hidden_size)
+
+    def lm_states(
+        self,
+        soft_prompt: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+    ) -> Tensor:
+        """States [B, L, D], of which states[:, i] predicts labels[:, i]; see `LanguageModel.states`."""
+        return self.lm.states(soft_prompt, input_ids, attention_mask, labels)
+
+    def lm_logits(self, states: Tensor) -> Tensor:
+        """States [..., D] -> logits [..., V]. Call it on the positions that are needed."""
+        return self.lm.logits(states)
+
+    def labelled_logits(
+        self, soft_prompt: Tensor, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(logits [K, V], their labels [K]) where labels [B, L] are not −100, and nowhere else.
+
+        Decoder-only: input_ids and labels [B, L] are prompt and text. Encoder-decoder: input_ids [B, P] are the
+        prompts, labels [B, L] the texts.
+        """
+        wanted = labels != -100
+        return self.lm_logits(self.lm_states(soft_prompt, input_ids, attention_mask, labels)[wanted]), labels[
+            wanted
+        ]
+
+    def generate(
+        self,
+        soft_prompt: Tensor,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor | None = None,
+        config: GenerationConfig | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> Generated:
+        """Continue prompt_ids [B, P] (prompt_mask [B, P]: 0 for padding, P may be 0); see `generation.generate`.
+
+        The paper captions with 5 beams and at most 30 tokens, and answers with 5 beams, at most 10 and a length
+        penalty of −1. Raises UserError: image, prompt and new tokens do not fit into the model's context.
+        """
+        decoding, config = self._begin(soft_prompt, prompt_ids, prompt_mask, config)
+        return generate(decoding, decoding.start_ids, config, seeds=seeds, **self._ends())
+
+    def stream(
+        self,
+        soft_prompt: Tensor,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor | None = None,
+        config: GenerationConfig | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """The columns of what `generate` returns, each as soon as it is known; see `generation.stream`."""
+        decoding, config = self._begin(soft_prompt, prompt_ids, prompt_mask, config)
+        return stream(decoding, decoding.start_ids, config, seeds=seeds, **self._ends())
+
+    @torch.no_grad()
+    def rank(
+        self,
+        soft_prompt: Tensor,
+        prompt_ids: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        *,
+        prompt_mask: Tensor | None = None,
+        length_penalty: float = 0.0,
+        chunk: int = 16,
+    ) -> Tensor:
+        """How likely the language model finds each of C answers -> [B, C]: log P / length ** length_penalty.
+
+        answer_ids, answer_mask: [C, L] for all prompts, or [B, C, L]; padding last. Length penalty 0, the summed
+        loss, is InstructBLIP's; 1 takes the mean over tokens. The prefix is run once per image, then `chunk`
+        answers of each at a time.
+        """
+        images = len(prompt_ids)
+        answer_ids, answer_mask = (x.expand(images, -1, -1) for x in (answer_ids, answer_mask))
+        decoding = self.lm.decode(soft_prompt, prompt_ids, prompt_mask)
+        decoding.require_room(answer_ids.shape[-1])
+        first = decoding.states(decoding.start_ids, None)[:, -1:]  # [B, 1, D]
+        scores = []
+        for ids, mask in zip(answer_ids.split(chunk, dim=1), answer_mask.split(chunk, dim=1)):
+            rows = torch.arange(images, device=ids.device).repeat_interleave(ids.shape[1])
+            labels = ids.masked_fill(mask == 0, -100).flatten(0, 1)  # [R, L]
+            states = first[rows]
+            if labels.shape[1] > 1:
+                behind = decoding.fork().states(ids.flatten(0, 1)[:, :-1], rows)
+                states = torch.cat([states, behind], dim=1)
+            wanted = labels != -100
+            logits = self.lm.logits(states[wanted])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses = F.cross_entropy(logits, labels[wanted], reduction="none")
+            total = losses.new_zeros(labels.shape).masked_scatter(wanted, losses).sum(dim=1)
+            scores.append((-total / wanted.sum(dim=1) ** length_penalty).view(images, -1))
+        return torch.cat(scores, dim=1)
+
+    def _begin(
+        self,
+        soft_prompt: Tensor,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor | None,
+        config: GenerationConfig | None,
+    ) -> tuple[Decoding, GenerationConfig]:
+        config = config or GenerationConfig()
+        decoding = self.lm.decode(soft_prompt, prompt_ids, prompt_mask)
+        decoding.require_room(config.max_new_tokens)
+        return decoding, config
+
+    def _ends(self) -> dict[str, Any]:
+        return {"eos_token_id": self.lm.eos_token_ids, "pad_token_id": self.lm.pad_token_id}

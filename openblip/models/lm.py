@@ -1,0 +1,375 @@
+"""The one door to a language model of transformers: decoder-only (OPT, Llama, Phi, ...) or encoder-decoder (T5, BART).
+
+It is frozen, and reads an image as a soft prompt: vectors [B, Q, H] in place of words (BLIP-2 §3.3).
+
+    decoder-only       [padding ; soft prompt ; prompt ; text so far] ── decoder ── next word
+    encoder-decoder    [soft prompt ; prompt ; padding] ── encoder ──┐
+                       [start ; text so far] ────────────────────── decoder ── next word
+
+Padding stands where it changes nothing. Before the soft prompt, no distance between two real tokens depends on it,
+whatever a model counts (positions, a sliding window), and each row begins at position 0. An encoder sees both ways,
+so there padding stands last. In training texts end at their own length: a causal model never sees padding behind them.
+
+Shapes: B images, Q vectors of a soft prompt, R rows of text (R = B · g, row r belongs to image r // g), P prompt
+tokens, L text tokens, K labelled positions, H width, V vocabulary.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openblip.config import ConfigError, UserError
+
+INSTALL = "pip install 'openblip[lm]'"
+
+# What the released BLIP-2 changed in a family's own configuration, by model_type. Flan-T5 was trained with GELU's
+# tanh approximation, but the weights of BLIP-2 beside it with the exact one.
+RELEASED_BLIP2: dict[str, dict[str, Any]] = {"t5": {"dense_act_fn": "gelu"}}
+
+# Where the configuration names no token that a decoder starts from, by model_type: a field that does.
+_DECODER_START = {"t5": "pad_token_id", "mt5": "pad_token_id", "bart": "eos_token_id"}
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021), by the package peft. They train, the weights below them do not.
+
+    target_modules: names of the linear layers that get one; None: what peft holds right for the family.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+
+@dataclass
+class LmConfig:
+    """A language model.
+
+    config: its configuration in transformers, with `model_type`. `eos_token_id` (one or several) ends a text.
+    source: where its weights are: a folder, a name on the hub, a `.gguf` file, or "smollm2" for the one that a
+        registry package holds. None: they are new, and saved with the model.
+    sha256: of those weights, see `convert.lm.weights_sha256`.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    sha256: str | None = None
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config.get("model_type"), str):
+            raise ConfigError('config: names no "model_type", such as "llama" or "opt"')
+
+
+class LanguageModel(nn.Module):
+    """A frozen causal or encoder-decoder model. `model`: the one that holds the weights; None: fresh weights.
+
+    It stays in eval mode and gets no gradient, which passes through it to the soft prompt all the same. With
+    `config.lora`, the adapters train, and their dropout is on in training mode.
+
+    Raises ConfigError: transformers (or peft, for LoRA) is not installed, or the configuration makes no model.
+    """
+
+    def __init__(self, config: LmConfig, model: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = build(config.config) if model is None else model
+        self.model.requires_grad_(False)
+        if config.lora is not None:
+            _add_adapters_(self.model, config.lora)
+        self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
+        decoder = self.model.get_decoder() if self.is_encoder_decoder else self.model.base_model
+        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "LanguageModel":
+        """Training mode for the adapters' dropout alone; the model itself stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        for name, module in self.model.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the embeddings, which a soft prompt has too."""
+        return self._words.weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer: ids a text can hold."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions there are for soft prompt, prompt and text together; None: as many as one likes (T5)."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a text. Raises ConfigError if the configuration names none."""
+        ids = self.config.config.get("eos_token_id", self.model.config.eos_token_id)
+        if ids is None or ids == []:
+            raise ConfigError("this language model's config names no eos_token_id: nothing would end a text")
+        return [ids] if isinstance(ids, int) else list(ids)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills what stands behind the end of a text; the model never reads it."""
+        pad = self.model.config.pad_token_id
+        return self.eos_token_ids[0] if pad is None else pad
+
+    @property
+    def start_token_id(self) -> int:
+        """What the decoder of an encoder-decoder begins with."""
+        settings = self.model.config
+        start = getattr(settings, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(settings, _DECODER_START.get(settings.model_type, "bos_token_id"))
+        if start is None:
+            raise ConfigError("this language model's config names no decoder_start_token_id")
+        return start
+
+    @property
+    def _words(self) -> nn.Embedding:
+        """The input embeddings as they are used: BART's encoder scales the table it shares."""
+        return (self.model.get_encoder() if self.is_encoder_decoder else self.model).get_input_embeddings()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids [...] -> embeddings [..., H]."""
+        return self._words(input_ids)
+
+    def states(
+        self,
+        soft_prompt: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher forcing: states [B, L, D], of which states[:, i] predicts labels[:, i]. For `logits` and a loss.
+
+        soft_prompt [B, Q, H]. Decoder-only: input_ids [B, L] are prompt and text, padding last, and so stand the
+        labels; states[:, 0] are those of the last vector of the soft prompt. Encoder-decoder: input_ids [B, P]
+        are the prompts, attention_mask [B, P] tells their padding, labels [B, L] are the texts (-100: padding).
+        """
+        prefix, mask = self._with_words(soft_prompt, input_ids, attention_mask)
+        if not self.is_encoder_decoder:
+            self.require_room(prefix.shape[1])
+            states = self.model.base_model(inputs_embeds=prefix, use_cache=False).last_hidden_state
+            return states[:, soft_prompt.shape[1] - 1 : -1]
+        assert labels is not None, "an encoder-decoder needs labels"
+        before = labels.masked_fill(labels == -100, self.pad_token_id)
+        before = torch.cat([torch.full_like(before[:, :1], self.start_token_id), before[:, :-1]], dim=1)
+        self.require_room(max(prefix.shape[1], before.shape[1]))
+        encoded, seen = self._encode(prefix, mask)
+        out = self.model.get_decoder()(
+            input_ids=before, encoder_hidden_states=encoded, encoder_attention_mask=seen, use_cache=False
+        )
+        return out.last_hidden_state
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States [..., D] -> logits [..., V], as the model's own forward makes them. Call it where they are needed."""
+        settings = self.model.config
+        if getattr(settings, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            states = states * settings.d_model**-0.5
+        logits = self.model.get_output_embeddings()(states)
+        bias = getattr(self.model, "final_logits_bias", None)  # BART
+        if bias is not None:
+            logits = logits + bias[0]
+        cap = getattr(settings, "final_logit_softcapping", None)  # Gemma
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def decode(
+        self, soft_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor | None = None
+    ) -> "Decoding":
+        """Begin to write: soft_prompt [B, Q, H], prompt_ids [B, P], prompt_mask [B, P] (0: padding, anywhere)."""
+        return Decoding(self, soft_prompt, prompt_ids, prompt_mask)
+
+    def require_room(self, tokens: int) -> None:
+        """Raise a UserError if `tokens` (soft prompt, prompt and text) are more than the model has positions."""
+        limit = self.context_length
+        if limit is not None and tokens > limit:
+            raise UserError(
+                f"image, prompt and text take {tokens} positions, {tokens - limit} more than the {limit} of this "
+                "language model: shorten the prompt or ask for fewer new tokens"
+            )
+
+    def _with_words(
+        self, soft_prompt: Tensor, input_ids: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """[soft prompt ; words] as [B, Q + P, H], and which of them are real [B, Q + P] bool."""
+        words = self.embed(input_ids)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.cat([real.new_ones(soft_prompt.shape[:2]), real], dim=1)
+        return torch.cat([soft_prompt.to(words.dtype), words], dim=1), real
+
+    def _encode(self, prefix: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The encoder's states and their mask, padding moved behind."""
+        prefix, mask = _ordered(prefix, mask, padding="last")
+        some = None if bool(mask.all()) else mask.long()
+        encoded = self.model.get_encoder()(inputs_embeds=prefix, attention_mask=some)
+        return encoded.last_hidden_state, some
+
+
+class Decoding:
+    """A `step(ids, parents)` of `generation`, and what it has cached of prefix and text.
+
+    The prefix (soft prompt and prompt) is run once per image, at the first call. Then its keys and values are
+    repeated once for the rows that continue it, and only those of the text are reordered after that: the rows of an
+    image have the prefix in common. `start_ids` is what `generation` must be given as the prompt: nothing for a
+    decoder-only model, which has the prompt in its prefix, and the start token for a decoder with an encoder.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, soft_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor | None
+    ) -> None:
+        self.lm = lm
+        self.prefix, self.mask = lm._with_words(soft_prompt, prompt_ids, prompt_mask)
+        if not lm.is_encoder_decoder:
+            self.prefix, self.mask = _ordered(self.prefix, self.mask, padding="first")
+        start = prompt_ids.new_full((len(prompt_ids), 1), lm.start_token_id if lm.is_encoder_decoder else 0)
+        self.start_ids = start if lm.is_encoder_decoder else start[:, :0]
+        self.is_padded = not bool(self.mask.all())
+        self.cache: Any = None
+        self.encoded: tuple[Tensor, Tensor | None] | None = None
+        self.decoded = 0  # tokens of the text in the cache
+        self.is_spread = False  # whether the rows of the cache are those of texts, not of images
+
+    def __call__(self, ids: Tensor, parents: Tensor | None) -> Tensor:
+        """The step of `generation`: logits [R, V] behind ids [R, L]."""
+        return self.lm.logits(self.states(ids, parents)[:, -1])
+
+    @torch.no_grad()
+    def states(self, ids: Tensor, parents: Tensor | None) -> Tensor:
+        """States [R, L, D] of ids [R, L] (padding last); the first call of a decoder-only model: of its prefix too."""
+        if parents is not None:
+            self._follow(parents)
+        run = self._with_encoder if self.lm.is_encoder_decoder else self._alone
+        return run(ids)
+
+    def fork(self) -> "Decoding":
+        """The same prefix and text so far, to be continued apart from this one."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+    def require_room(self, new_tokens: int) -> None:
+        """Raise a UserError if that many new tokens do not fit behind the prefix."""
+        prefix = self.prefix.shape[1]
+        self.lm.require_room(
+            max(prefix, new_tokens + 1) if self.lm.is_encoder_decoder else prefix + new_tokens
+        )
+
+    def _alone(self, ids: Tensor) -> Tensor:
+        from transformers import DynamicCache
+
+        words = self.lm.embed(ids)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
+        if self.cache is None:
+            self.cache = DynamicCache(config=self.lm.model.config)
+            words = torch.cat([self.prefix, words], dim=1)
+        places: dict[str, Tensor] = {}
+        if self.is_padded:
+            places["attention_mask"] = self.mask.long()
+            if self.lm._takes_positions:
+                positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+                places["position_ids"] = positions[:, -words.shape[1] :]
+        out = self.lm.model.base_model(
+            inputs_embeds=words, past_key_values=self.cache, use_cache=True, **places
+        )
+        self.decoded += ids.shape[1]
+        return out.last_hidden_state
+
+    def _with_encoder(self, ids: Tensor) -> Tensor:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        if self.encoded is None:
+            self.encoded = self.lm._encode(self.prefix, self.mask)
+            self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        states, mask = self.encoded
+        out = self.lm.model.get_decoder()(
+            input_ids=ids,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.decoded += ids.shape[1]
+        return out.last_hidden_state
+
+    def _follow(self, parents: Tensor) -> None:
+        """Row r of the cache becomes what row parents[r] was."""
+        if not self.is_spread:
+            self.is_spread = True
+            self.cache.reorder_cache(parents)
+            self.mask = self.mask[parents]
+            if self.encoded is not None:
+                states, mask = self.encoded
+                self.encoded = states[parents], None if mask is None else mask[parents]
+        elif not torch.equal(parents, torch.arange(len(parents), device=parents.device)):
+            # The mask stays: the rows of an image are padded alike, and no text is.
+            own = self.cache.self_attention_cache if self.lm.is_encoder_decoder else self.cache
+            for layer in own.layers:
+                _reorder_text_(layer, parents, self.decoded)
+
+
+def _reorder_text_(layer: Any, parents: Tensor, decoded: int) -> None:
+    """Reorder the keys and values of the last `decoded` tokens; other kinds of state as a whole."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        layer.reorder_cache(parents)
+        return
+    for kept in (layer.keys, layer.values):
+        text = kept[:, :, max(0, kept.shape[2] - decoded) :]
+        text.copy_(text[parents])
+
+
+def _ordered(x: Tensor, mask: Tensor, padding: str) -> tuple[Tensor, Tensor]:
+    """Rows of x [B, L, H] with their padding (mask False) moved to the front or behind, in order otherwise."""
+    if bool(mask.all()):
+        return x, mask
+    order = mask.int().argsort(dim=1, stable=True, descending=padding == "last")
+    return x.gather(1, order[:, :, None].expand_as(x)), mask.gather(1, order)
+
+
+def build(config: dict[str, Any]) -> Any:
+    """A transformers model with fresh weights from its configuration as a dict.
+
+    Raises ConfigError: transformers is not installed, or knows no such model.
+    """
+    settings = dict(config)
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    except ImportError:
+        raise ConfigError(f"a language model needs transformers: {INSTALL}") from None
+    try:
+        wanted = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        cls = AutoModelForSeq2SeqLM if wanted.is_encoder_decoder else AutoModelForCausalLM
+        return cls.from_config(wanted)
+    except ValueError as error:
+        raise ConfigError(f"lm.config: {str(error).splitlines()[0]}") from None
+
+
+def _add_adapters_(model: Any, lora: LoraSettings) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError(f"lora needs peft: {INSTALL}") from None
+    wanted = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+    try:
+        inject_adapter_in_model(wanted, model)
+    except ValueError as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,188 @@
+"""BLIP-2's stages as tasks.
+
+Stage 1 teaches the Q-Former to read images (BLIP-2 §3.2): ITC, ITM and ITG. Stage 2 teaches it to tell a frozen
+language model what it read (§3.3), and InstructBLIP to read for the sake of a question.
+
+Batches hold `pixel_values` [B, 3, S, S], or `image_embeds` [B, N, D] when the frozen tower's features are cached.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openblip.config import ConfigError
+from openblip.models.blip2 import Blip2
+from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.text import Cache
+from openblip.train import distributed
+from openblip.train.matching import matching_loss
+from openblip.train.objectives import (
+    labelled_positions,
+    lm_loss,
+    next_token_labels,
+    positive_pairs,
+    smoothed_targets,
+    soft_cross_entropy,
+    wide,
+)
+from openblip.train.tasks import Batch, Losses, Task
+
+
+@dataclass
+class Blip2TaskConfig:
+    """Stage 1; with `match_ids`, retrieval fine-tuning, which keeps all three losses (BLIP-2 §4.4).
+
+    match_ids: pairs of one image are positives of each other; otherwise only the pair itself is.
+    negatives, negative_floor: see `matching.matching_loss`.
+    match_pairs: ITM on the first so many pairs of a batch, in which ITC sees all; None: on every pair.
+    keep_tokens: share of the image's tokens, drawn anew at each step, that training looks at.
+    text_lr_scale: factor on the learning rate of what came from a pretrained BERT.
+    """
+
+    match_ids: bool = False
+    negatives: str = "global"
+    negative_floor: float = 0.0
+    match_pairs: int | None = None
+    keep_tokens: float = 1.0
+    label_smoothing: float = 0.1
+    text_lr_scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.negatives not in ("global", "local"):
+            raise ConfigError(f'negatives must be "global" or "local", not {self.negatives!r}')
+        _check_share(self.keep_tokens)
+        if self.match_pairs is not None and self.match_pairs < 1:
+            raise ConfigError(f"match_pairs is 1 or more, got {self.match_pairs}")
+
+
+class Blip2Task(Task):
+    """ITC, ITM and ITG over one image memory; the query pass of ITC is also the past of ITG."""
+
+    model: Blip2
+
+    def __init__(self, model: Blip2, config: Blip2TaskConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.draws = torch.Generator()
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of a parameter of this task."""
+        return self.config.text_lr_scale if _came_pretrained(name) else 1.0
+
+    def begin_step(self, step: int) -> None:
+        """Seed this step's draws."""
+        self.draws = _seeded_draws(self.config.seed, step, self.model.temperature.device)
+
+    def forward(self, batch: Batch) -> Losses:
+        """{"itc", "itm"} and, with a decoder, {"itg"}; equal weights in the paper (its table 6 leaves ITG out)."""
+        model, config = self.model, self.config
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        embeds = self.image_embeds(batch)
+        if self.training:
+            embeds = some_tokens(embeds, config.keep_tokens, self.draws)
+        memory = model.memory(embeds)
+        cache = Cache(model.config.qformer.num_hidden_layers) if model.config.decoder else None
+        states = model.qformer.encode_queries(memory, cache=cache)  # [B, Q, D]
+
+        images, texts = model.project_queries(states), model.text_features(ids, mask)
+        all_images, all_texts = distributed.all_gather(images), distributed.all_gather(texts)
+        image_ids = batch["image_ids"]
+        if config.match_ids:
+            positives = positive_pairs(image_ids, distributed.all_gather(image_ids))
+        else:
+            first = distributed.rank() * len(ids)
+            own = first + torch.arange(len(ids), device=ids.device)
+            positives = F.one_hot(own, len(all_texts)).bool()
+        image_to_text = wide(model.similarity(images, all_texts)) / model.temperature  # [B, G]
+        text_to_image = wide(model.similarity(all_images, texts)).T / model.temperature
+        targets = smoothed_targets(positives, config.label_smoothing, image_to_text.dtype)
+        itc = (soft_cross_entropy(image_to_text, targets) + soft_cross_entropy(text_to_image, targets)) / 2
+
+        losses = {"itc": itc}
+        losses["itm"] = matching_loss(
+            model, memory, embeds, ids, mask, (image_to_text, text_to_image), image_ids,
+            negatives=config.negatives, floor=config.negative_floor, generator=self.draws, pairs=config.match_pairs,
+        )  # fmt: skip
+        if cache is not None:
+            wanted, labels = labelled_positions(next_token_labels(ids, mask))
+            written = model.lm_states(cache, ids, mask)[:, :-1][wanted]
+            total = lm_loss(model.lm_logits(written), labels, smoothing=config.label_smoothing)
+            losses["itg"] = distributed.global_mean(*total)
+        return losses
+
+
+@dataclass
+class Blip2LlmTaskConfig:
+    """Stage 2. keep_tokens: as in stage 1. label_smoothing: of the language model's loss; the release has none."""
+
+    keep_tokens: float = 1.0
+    label_smoothing: float = 0.0
+    text_lr_scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_share(self.keep_tokens)
+
+
+class Blip2LlmTask(Task):
+    """The language model's loss on the text behind the soft prompt (BLIP-2 §3.3; InstructBLIP with instructions).
+
+    Batches hold input_ids, attention_mask, labels, see `LmTokenizer.training`, and with `qformer_text` the
+    instructions for the Q-Former: qformer_ids, qformer_mask [B, L'].
+    """
+
+    model: Blip2Llm
+
+    def __init__(self, model: Blip2Llm, config: Blip2LlmTaskConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.draws = torch.Generator()
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of a parameter of this task."""
+        return self.config.text_lr_scale if _came_pretrained(name) else 1.0
+
+    def begin_step(self, step: int) -> None:
+        """Seed this step's draws."""
+        self.draws = _seeded_draws(self.config.seed, step, self.model.projection.weight.device)
+
+    def forward(self, batch: Batch) -> Losses:
+        """{"lm": loss}."""
+        embeds = self.image_embeds(batch)
+        if self.training:
+            embeds = some_tokens(embeds, self.config.keep_tokens, self.draws)
+        seen = self.model.soft_prompt(embeds, batch.get("qformer_ids"), batch.get("qformer_mask"))
+        logits, labels = self.model.labelled_logits(
+            seen, batch["input_ids"], batch["attention_mask"], batch["labels"]
+        )
+        total = lm_loss(logits, labels, smoothing=self.config.label_smoothing)
+        return {"lm": distributed.global_mean(*total)}
+
+
+def some_tokens(embeds: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A share of each image's tokens, drawn anew: [..., N, D] -> [..., K, D]; all of them for a share of 1."""
+    if share == 1:
+        return embeds
+    kept = max(1, round(embeds.shape[-2] * share))
+    noise = torch.rand(embeds.shape[:-1], device=embeds.device, generator=generator)
+    order = noise.argsort(dim=-1)[..., :kept, None].expand(*embeds.shape[:-2], kept, embeds.shape[-1])
+    return embeds.gather(-2, order)
+
+
+def _check_share(keep_tokens: float) -> None:
+    if not 0 < keep_tokens <= 1:
+        raise ConfigError(f"keep_tokens is a share above 0 and at most 1, got {keep_tokens}")
+
+
+def _came_pretrained(name: str) -> bool:
+    """Whether a parameter of a task is one that the Q-Former got from a BERT."""
+    return name.startswith("model.qformer.") and not any(
+        fresh in name for fresh in ("query_tokens", "cross_attention")
+    )
+
+
+def _seeded_draws(seed: int, step: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)

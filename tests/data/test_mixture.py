@@ -1,0 +1,61 @@
+"""A mixture draws by √size, from seed and place alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from openblip.config import UserError
+from openblip.data.loader import Loader
+from openblip.data.mixture import Mixture
+
+
+class Numbers:
+    def __init__(self, size: int, first: int = 0) -> None:
+        self.size, self.first = size, first
+
+    def __len__(self) -> int:
+        return self.size
+
+    def get(self, index, rng):
+        return {"number": self.first + index}
+
+
+def test_shares_are_those_of_the_roots():
+    mixture = Mixture({"small": Numbers(100), "large": Numbers(900, 1000)})
+    assert len(mixture) == 1000
+    assert mixture.shares == pytest.approx({"small": 0.25, "large": 0.75})
+    drawn = [mixture.get(0, np.random.default_rng(i)) for i in range(4000)]
+    counts = Counter(sample["dataset"] for sample in drawn)
+    assert counts["small"] / 4000 == pytest.approx(0.25, abs=0.03)
+    assert all((sample["number"] >= 1000) == (sample["dataset"] == "large") for sample in drawn)
+    rows = Counter(sample["number"] for sample in drawn if sample["dataset"] == "small")
+    assert len(rows) == 100, "all rows have their turn"
+
+
+def test_factors_by_hand():
+    mixture = Mixture({"a": Numbers(100), "b": Numbers(100)}, {"a": 3.0})
+    assert mixture.shares == pytest.approx({"a": 0.75, "b": 0.25})
+
+
+def test_a_loader_sees_the_same_mixture_again():
+    def batches():
+        mixture = Mixture({"a": Numbers(9), "b": Numbers(16, 100)})
+        return Loader(mixture, lambda samples: [sample["number"] for sample in samples], 5, seed=3).batches(2)
+
+    one, two = batches(), batches()
+    assert [next(one) for _ in range(8)] == [next(two) for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (({},), "one data set or more"),
+        (({"a": Numbers(0)},), "a: an empty data set"),
+        (({"a": Numbers(1)}, {"b": 1.0}), "b: no such data set"),
+        (({"a": Numbers(1)}, {"a": 0.0}), "a: a factor is a number above 0"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Mixture(*arguments)

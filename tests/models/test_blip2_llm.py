@@ -1,0 +1,209 @@
+"""The language model that sees: soft prompts, losses where labels are, captions, ranking, video, instructions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openblip.config import ConfigError, UserError, from_dict, to_dict
+from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from openblip.models.generation import GenerationConfig
+from openblip.models.lm import LmConfig
+from openblip.models.qformer import QFormerConfig
+from openblip.models.vit import VisionConfig
+from tests.models.tiny_lms import CONFIGS, VOCAB, tiny_lm
+
+VISION = VisionConfig(
+    image_size=8,
+    patch_size=4,
+    hidden_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+)
+
+
+def tiny(lm="llama", instruct=False, queries=3):
+    """A model in float64; the image reaches the language model loud and clear."""
+    qformer = QFormerConfig(
+        vocab_size=40,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        num_query_tokens=queries,
+        dec_token_id=39,
+        cls_token_id=3,
+        sep_token_id=4,
+        text=instruct,
+    )
+    config = Blip2LlmConfig(LmConfig(dict(CONFIGS[lm])), VISION, qformer, qformer_text=instruct)
+    model = Blip2Llm(config, tiny_lm(lm))
+    with torch.no_grad():
+        for module in (model.vision, model.ln_vision, model.qformer, model.projection):
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+def batch(rows=3, prompt=4):
+    pixels = torch.randn(rows, 3, 8, 8, dtype=torch.float64)
+    return pixels, torch.randint(5, VOCAB - 12, (rows, prompt))
+
+
+def test_only_the_bridge_trains():
+    model = tiny().train()
+    trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"ln_vision", "qformer", "projection"}
+    assert not any(module.training for module in [*model.vision.modules(), *model.lm.model.modules()])
+    pixels, ids = batch()
+    labels = ids.masked_fill(torch.arange(4) < 2, -100)
+    logits, wanted = model.labelled_logits(model.soft_prompt(model.encode_image(pixels)), ids, None, labels)
+    F.cross_entropy(logits, wanted).backward()
+    without = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert without == []
+    assert model.qformer.query_tokens.grad.abs().sum() > 0
+    assert all(value.grad is None for value in [*model.vision.parameters(), *model.lm.parameters()])
+
+
+@pytest.mark.parametrize("lm", ["llama", "opt", "t5", "bart"])
+def test_loss_is_that_of_transformers_over_the_same_labels(lm):
+    model = tiny(lm)
+    pixels, ids = batch()
+    soft = model.soft_prompt(model.encode_image(pixels))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
+    whole = torch.cat([torch.ones(3, 3, dtype=torch.long), mask], dim=1)
+    embeds = torch.cat([soft, model.lm.embed(ids)], dim=1)
+    if model.lm.is_encoder_decoder:
+        labels = torch.randint(5, VOCAB, (3, 5)).masked_fill(torch.arange(5) > 3, -100)
+        given = labels
+    else:
+        labels = ids.masked_fill((mask == 0) | (torch.arange(4) < torch.tensor([[1], [0], [1]])), -100)
+        given = torch.cat([torch.full((3, 3), -100), labels], dim=1)  # of queries, too
+    theirs = model.lm.model(inputs_embeds=embeds, attention_mask=whole, labels=given).loss
+    logits, wanted = model.labelled_logits(soft, ids, mask, labels)
+    assert len(logits) == int((labels != -100).sum())
+    ours = F.cross_entropy(logits, wanted)
+    assert abs(ours.item() - theirs.item()) < 1e-6  # some of theirs are made in float32
+
+
+@pytest.mark.parametrize("lm", ["llama", "t5"])
+def test_a_caption_depends_on_its_image_and_prompt_and_not_on_its_batch(lm):
+    model = tiny(lm)
+    pixels, ids = batch()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    soft = model.soft_prompt(model.encode_image(pixels))
+    config = GenerationConfig(num_beams=3, max_new_tokens=6, min_new_tokens=6)
+    together = model.generate(soft, ids, mask, config).sequences
+    for row in range(3):
+        one = model.soft_prompt(model.encode_image(pixels[row : row + 1]))
+        alone = model.generate(one, ids[row : row + 1, mask[row].bool()], None, config).sequences
+        assert torch.equal(together[row], alone[0])
+    assert not torch.equal(together, model.generate(soft.flip(0), ids, mask, config).sequences)
+    assert not torch.equal(together, model.generate(soft, ids.flip(1), mask, config).sequences)
+
+
+def test_an_empty_prompt_and_a_stream():
+    model = tiny()
+    pixels, _ = batch(2)
+    soft = model.soft_prompt(model.encode_image(pixels))
+    nothing = torch.empty(2, 0, dtype=torch.long)
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, seed=4)
+    whole = model.generate(soft, nothing, None, config).sequences
+    assert torch.equal(torch.stack(list(model.stream(soft, nothing, None, config)), dim=1), whole)
+
+
+@pytest.mark.parametrize("lm", ["llama", "opt", "t5", "bart"])
+@pytest.mark.parametrize("chunk", [2, 16])
+def test_ranking_is_the_loss_of_each_answer(lm, chunk):
+    model = tiny(lm)
+    pixels, ids = batch(2)
+    prompt_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    soft = model.soft_prompt(model.encode_image(pixels))
+    lengths = [3, 1, 4]
+    answers = torch.randint(5, VOCAB, (3, 4))
+    mask = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
+    found = model.rank(soft, ids, answers, mask, prompt_mask=prompt_mask, chunk=chunk)
+    mean = model.rank(soft, ids, answers, mask, prompt_mask=prompt_mask, chunk=chunk, length_penalty=1.0)
+    for row in range(2):
+        kept = ids[row : row + 1, prompt_mask[row].bool()]
+        for number, length in enumerate(lengths):
+            text = answers[number : number + 1, :length]
+            if model.lm.is_encoder_decoder:
+                args = (soft[row : row + 1], kept, None, text)
+            else:
+                labels = torch.cat([torch.full_like(kept, -100), text], dim=1)
+                args = (soft[row : row + 1], torch.cat([kept, text], dim=1), None, labels)
+            wanted = -F.cross_entropy(*model.labelled_logits(*args), reduction="sum")
+            torch.testing.assert_close(found[row, number], wanted, rtol=0, atol=1e-9)
+            torch.testing.assert_close(mean[row, number], wanted / length, rtol=0, atol=1e-9)
+
+
+def test_candidates_of_their_own_for_each_image():
+    model = tiny()
+    pixels, ids = batch(2)
+    soft = model.soft_prompt(model.encode_image(pixels))
+    answers = torch.randint(5, VOCAB, (2, 3, 4))
+    ours = model.rank(soft, ids, answers, torch.ones_like(answers))
+    for row in range(2):
+        one = slice(row, row + 1)
+        alone = model.rank(soft[one], ids[one], answers[row], torch.ones_like(answers[row]))
+        torch.testing.assert_close(ours[one], alone, rtol=0, atol=1e-9)
+
+
+def test_instructions_change_what_the_queries_see():
+    model = tiny(instruct=True)
+    pixels, _ = batch(2)
+    embeds = model.encode_image(pixels)
+    words = torch.tensor([[3, 9, 10, 4], [3, 9, 4, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    soft = model.soft_prompt(embeds, words, mask)
+    assert soft.shape == (2, 3, 16)
+    alone = model.soft_prompt(embeds[1:], words[1:, :3], mask[1:, :3])
+    torch.testing.assert_close(soft[1:], alone, rtol=0, atol=1e-10)
+    other = model.soft_prompt(embeds, words.masked_fill(words == 9, 11), mask)
+    assert (soft - other).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="wants instruction ids"):
+        model.soft_prompt(embeds)
+    with pytest.raises(ValueError, match="takes no instruction ids"):
+        tiny().soft_prompt(embeds, words, mask)
+    with pytest.raises(ConfigError, match="text part"):
+        Blip2LlmConfig(LmConfig(dict(CONFIGS["llama"])), VISION, QFormerConfig(text=False), qformer_text=True)
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_a_video_is_its_frames_in_a_row(instruct):
+    model = tiny(instruct=instruct)
+    video = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    words = (torch.tensor([[3, 9, 4], [3, 10, 4]]), None) if instruct else (None, None)
+    soft = model.soft_prompt(model.encode_image(video), *words)
+    assert soft.shape == (2, 12, 16)
+    for frame in range(4):
+        one = model.soft_prompt(model.encode_image(video[:, frame]), *words)
+        torch.testing.assert_close(soft[:, 3 * frame : 3 * frame + 3], one, rtol=0, atol=1e-10)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_by_how_much():
+    model = tiny()
+    soft = torch.zeros(1, 3, 16, dtype=torch.float64)
+    with pytest.raises(UserError, match="72 positions, 8 more than the 64"):
+        model.generate(soft, torch.zeros(1, 60, dtype=torch.long), None, GenerationConfig(max_new_tokens=9))
+
+
+def test_the_config_survives_json():
+    config = tiny(instruct=True).config
+    assert from_dict(Blip2LlmConfig, to_dict(config), "here") == config
+
+
+def test_parameters_of_the_paper():
+    """107.13M trained with OPT-2.7B, 108.31M with Flan-T5-XXL: Q-Former, ln_vision and projection."""
+    from openblip.models.qformer import QFormer
+
+    with torch.device("meta"):
+        bridge = [
+            *QFormer(QFormerConfig(text=False), 1408).parameters(),
+            *torch.nn.LayerNorm(1408).parameters(),
+        ]
+        for hidden, millions in ((2560, 107.13), (4096, 108.31)):
+            trained = [*bridge, *torch.nn.Linear(768, hidden).parameters()]
+            assert round(sum(value.numel() for value in trained) / 1e6, 2) == millions
