@@ -6,8 +6,8 @@ The folder holds pictures with several human captions each and a `train` and a `
 training pictures 1,000 count as human-labelled; 5,000 others keep one caption each, as the web has it, and half of
 them get another picture's, planted here. One model is pre-trained on the noisy whole; captioner and filter are
 fine-tuned from it; the four data sets are made from the same scored texts, and a model is pre-trained from the same
-start on each. About two hours on two CPU cores; interrupted, the same call goes on. Writes results.json and texts.jsonl,
-and prints the table.
+start on each. About two hours on two CPU cores; interrupted, the same call goes on. Writes results.json and
+texts.jsonl, and prints the table.
 """
 
 import json

@@ -5,8 +5,8 @@ import torch
 
 from openblip.config import UserError, from_dict, to_dict
 from openblip.models.blip import Blip, without_decoder
-from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip2 import Blip2
+from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip
 from openblip.recipes import RECIPES, Recipe, recipe_named

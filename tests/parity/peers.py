@@ -90,7 +90,7 @@ def blip2_retrieval_config() -> Blip2Config:
 
 
 def language_model(model_type: str) -> dict:
-    """A tiny one: of its 60 words 43 to 58 end a text, 0 pads, and 59 stands for the image."""
+    """A tiny one: of its 60 words 43 to 58 end a text, 0 pads, 1 stands for the image, 2 begins."""
     common = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": [*range(43, 59)]}
     decoder = {
         "num_hidden_layers": 2,
