@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     results: dict = {"filter": judge_filter(texts, right, config.threshold), "seed": config.seed}
     print(json.dumps(results["filter"]), flush=True)
     for name, keep in kept.items():
-        models[name] = train(name, recipe, [*bootstrap(web, texts, keep), *human], start)
+        models[name] = train(f"cleaned-{name}", recipe, [*bootstrap(web, texts, keep), *human], start)
 
     for name, folder in models.items():
         results[name], _ = evaluate(

@@ -38,6 +38,7 @@ IMPORTS = [
     ("models.text", "config models.layers"),
     ("models.generation", "config"),                       # it sees a `step` callable and no model
     ("models.localize", f"{BRICKS} models.blip"),          # reads BLIP's cross-attention
+    ("models.blip2_llm", f"config {BRICKS} models.blip2"),  # stage 2 stands on stage 1
     ("models", f"config {BRICKS}"),                        # no other system, no data, no training
     ("train.objectives", ""),                              # losses see tensors only
     ("train.tasks", f"config models train.objectives train.matching {PLUMBING}"),  # a model and its losses

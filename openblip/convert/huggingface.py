@@ -221,6 +221,10 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise UserError(
             "transformers has no BLIP-2 whose Q-Former writes: convert blip2.without_decoder(model)"
         )
+    if isinstance(model, Blip2Llm) and (model.config.blip2.encoder or model.config.blip2.decoder):
+        raise UserError(
+            "transformers has no BLIP-2 with both stages: convert blip2_llm.without_stage1(model)"
+        )
     if layout is None:
         raise UserError(f"transformers has no class for a {type(model).__name__}")
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:

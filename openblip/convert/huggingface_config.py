@@ -150,16 +150,17 @@ def blip2_retrieval(config: Mapping[str, Any]) -> Blip2Config:
 
 def blip2_llm(config: Mapping[str, Any]) -> Blip2LlmConfig:
     """Blip2ForConditionalGeneration, Blip2Model: the Q-Former's query path and a language model."""
-    vision, qformer = _blip2_parts(config, text=False)
-    return Blip2LlmConfig(_lm(config), vision, qformer, ln_vision_eps=vision.layer_norm_eps)
+    return Blip2LlmConfig(_lm(config), _headless(*_blip2_parts(config, text=False)))
 
 
 def instructblip(config: Mapping[str, Any]) -> Blip2LlmConfig:
     """InstructBlipForConditionalGeneration: the Q-Former reads the instruction too."""
-    vision, qformer = _blip2_parts(config)
-    return Blip2LlmConfig(
-        _lm(config), vision, qformer, ln_vision_eps=vision.layer_norm_eps, qformer_text=True
-    )
+    return Blip2LlmConfig(_lm(config), _headless(*_blip2_parts(config)), qformer_text=True)
+
+
+def _headless(vision: VisionConfig, qformer: QFormerConfig) -> Blip2Config:
+    eps = vision.layer_norm_eps
+    return Blip2Config(vision, qformer, ln_vision_eps=eps, encoder=False, decoder=False)
 
 
 def _lm(config: Mapping[str, Any]) -> LmConfig:
@@ -216,11 +217,11 @@ def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
     token = text.pop("image_token_index", None)
     if token is None:
         token = AutoConfig.for_model(**text).vocab_size - 1
-    parts = _to_blip2_parts(config, "instructblip" if config.qformer_text else "blip-2")
+    parts = _to_blip2_parts(config.blip2, "instructblip" if config.qformer_text else "blip-2")
     return parts | {"text_config": text, "image_token_index": token}
 
 
-def _to_blip2_parts(config: Any, model_type: str) -> dict[str, Any]:
+def _to_blip2_parts(config: Blip2Config, model_type: str) -> dict[str, Any]:
     if config.ln_vision_eps != config.vision.layer_norm_eps:
         raise UserError(
             f"transformers has one epsilon for all norms of the image: ln_vision_eps is {config.ln_vision_eps}, "

@@ -142,9 +142,9 @@ BLIP2_RETRIEVAL = (
 )
 # Ours holds a model of transformers: below these prefixes all names are the same.
 _TO_LANGUAGE: Names = {"projection": "language_projection", "lm.model.": "language_model."}
-BLIP2_LLM = _BLIP2_VISION | _under("qformer", _qformer("embeddings", "qformer.layernorm")) | _TO_LANGUAGE
-INSTRUCTBLIP = (
-    _BLIP2_VISION
-    | _under("qformer", _qformer("qformer.embeddings", "qformer.embeddings.layernorm"))
-    | _TO_LANGUAGE
+BLIP2_LLM = _TO_LANGUAGE | _under(
+    "blip2", _BLIP2_VISION | _under("qformer", _qformer("embeddings", "qformer.layernorm"))
+)
+INSTRUCTBLIP = _TO_LANGUAGE | _under(
+    "blip2", _BLIP2_VISION | _under("qformer", _qformer("qformer.embeddings", "qformer.embeddings.layernorm"))
 )

@@ -73,14 +73,22 @@ def empty_model(config: Any, image_size: int | None = None) -> Any:
             raise UserError(
                 f"image_size {image_size}: the vision backbone of this model is made for {vision.image_size}"
             )
-        vision = replace(vision, image_size=image_size)
-        config = vision if isinstance(config, VisionConfig) else replace(config, vision=vision)
+        config = _with_vision(config, replace(vision, image_size=image_size))
     build = next(build for cls, build in SYSTEMS.values() if type(config) is cls)
     if vision.backbone is not None or hasattr(config, "lm"):
         with _NothingDrawn():
             return build(config).eval()
     with torch.device("meta"), _NothingDrawn():
         return build(config).eval()
+
+
+def _with_vision(config: Any, vision: VisionConfig) -> Any:
+    """The same configuration with another vision tower."""
+    if isinstance(config, VisionConfig):
+        return vision
+    if isinstance(config, Blip2LlmConfig):
+        return replace(config, blip2=replace(config.blip2, vision=vision))
+    return replace(config, vision=vision)
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openblip.config import ConfigError
 from openblip.models.generation import Generated, GenerationConfig, generate
 from openblip.models.layers import init_weights
 from openblip.models.qformer import QFormer, QFormerConfig
@@ -34,7 +35,8 @@ from openblip.models.vit import VisionConfig, build_vision, vit_large
 class Blip2Config:
     """A BLIP-2 of stage 1. `freeze_vision` keeps the tower in eval mode and out of the gradient.
 
-    decoder: False leaves out the head of ITG; what is left matches and embeds, but writes nothing.
+    encoder, decoder: False leaves out what ITC and ITM, or ITG, need. Without both it is what stage 2 needs of it:
+        the tower and the Q-Former. Raises ConfigError: heads of text on a Q-Former without its text part.
     """
 
     vision: VisionConfig = field(default_factory=vit_large)
@@ -42,9 +44,14 @@ class Blip2Config:
     projection_dim: int = 256
     ln_vision_eps: float = 1e-5
     freeze_vision: bool = True
+    encoder: bool = True
     decoder: bool = True
 
-    encoder = True  # it can always match
+    def __post_init__(self) -> None:
+        if (self.encoder or self.decoder) and not self.qformer.text:
+            raise ConfigError(
+                "encoder and decoder need the Q-Former's text part: set qformer.text, or leave both out"
+            )
 
     @property
     def text(self) -> QFormerConfig:
@@ -63,14 +70,15 @@ class Blip2(nn.Module):
         # Belongs to the bridge: trained even when the tower is not.
         self.ln_vision = nn.LayerNorm(width, eps=config.ln_vision_eps)
         self.qformer = QFormer(config.qformer, encoder_width=width)
-        self.vision_proj = nn.Linear(hidden, config.projection_dim)
-        self.text_proj = nn.Linear(hidden, config.projection_dim)
-        self.itm_head = nn.Linear(hidden, 2)
+        if config.encoder:
+            self.vision_proj = nn.Linear(hidden, config.projection_dim)
+            self.text_proj = nn.Linear(hidden, config.projection_dim)
+            self.itm_head = nn.Linear(hidden, 2)
+            self.temperature = nn.Parameter(torch.tensor(0.07))
+            for head in (self.vision_proj, self.text_proj, self.itm_head):
+                head.apply(init_weights)
         if config.decoder:
             self.lm_head = LanguageModelHead(config.qformer)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
-        for head in (self.vision_proj, self.text_proj, self.itm_head):
-            head.apply(init_weights)
         if config.freeze_vision:
             self.vision.requires_grad_(False)
 
@@ -87,9 +95,13 @@ class Blip2(nn.Module):
         self.qformer.set_grad_checkpointing(enabled)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] -> image_embeds [B, N, D]: the tower's tokens, before `ln_vision`."""
+        """pixel_values [B, 3, S, S] -> image_embeds [B, N, D]: the tower's tokens, before `ln_vision`.
+
+        Video [B, T, 3, S, S] -> [B, T, N, D].
+        """
+        frames = pixel_values.flatten(0, -4)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            return self.vision(pixel_values)
+            return self.vision(frames).unflatten(0, pixel_values.shape[:-3])
 
     def memory(self, image_embeds: Tensor) -> Memory:
         """image_embeds [B, N, D] -> keys and values of every layer that looks at them, for every use."""
@@ -167,8 +179,18 @@ class Blip2(nn.Module):
 
 def without_decoder(model: Blip2) -> Blip2:
     """What matches and embeds of a model as a model of its own, sharing no tensor with it."""
+    return _part_of(model, replace(model.config, decoder=False))
+
+
+def without_heads(model: Blip2) -> Blip2:
+    """Tower and Q-Former of a model as a model of its own; what only text needs goes too."""
+    qformer = replace(model.config.qformer, text=False)
+    return _part_of(model, replace(model.config, qformer=qformer, encoder=False, decoder=False))
+
+
+def _part_of(model: Blip2, config: Blip2Config) -> Blip2:
     some = next(model.parameters())
-    part = Blip2(replace(model.config, decoder=False)).to(some.device, some.dtype).train(model.training)
+    part = Blip2(config).to(some.device, some.dtype).train(model.training)
     wanted = part.state_dict().keys()
     part.load_state_dict({name: value for name, value in model.state_dict().items() if name in wanted})
     return part

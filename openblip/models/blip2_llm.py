@@ -1,21 +1,22 @@
 """BLIP-2, stage 2 (Li et al. 2023, §3.3), and InstructBLIP (Dai et al. 2023): a frozen language model sees.
 
-    pixel_values ─ vision (frozen) ─ image_embeds ─ ln_vision ─ memory
-                                                                  │
-    queries (+ instruction text: InstructBLIP) ─ Q-Former ────────┘
+    pixel_values ─ stage 1's tower (frozen) and ln_vision ─ memory
+                                                              │
+    queries (+ instruction text: InstructBLIP) ─ Q-Former ────┘
                         │ the queries' outputs
                     projection ─ soft prompt [B, Q, H] ─┐
                                                         ├─ language model (frozen) ── next word
                     prompt and text ────────────────────┘
 
-Trained are queries, Q-Former, ln_vision, projection, and adapters if the language model has some.
+Trained are queries, Q-Former, ln_vision, projection, and adapters if the language model has some. A stage 1 that
+keeps its heads goes on matching and embedding beside the language model.
 
 Shapes: B images, T frames of a video, N image tokens, De their width, Q queries (T · Q for a video), P prompt tokens,
 L text tokens, K labelled positions, C candidate answers, H width of the language model, V its vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,75 +24,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openblip.config import ConfigError
+from openblip.models.blip2 import Blip2, Blip2Config, without_heads
 from openblip.models.generation import Generated, GenerationConfig, generate, stream
 from openblip.models.layers import init_weights
 from openblip.models.lm import Decoding, LanguageModel, LmConfig
-from openblip.models.qformer import QFormer, QFormerConfig
-from openblip.models.text import Memory
-from openblip.models.vit import VisionConfig, build_vision, vit_large
+from openblip.models.qformer import QFormerConfig
+from openblip.models.vit import VisionConfig
+
+
+def _queries_alone() -> Blip2Config:
+    return Blip2Config(qformer=QFormerConfig(text=False), encoder=False, decoder=False)
 
 
 @dataclass
 class Blip2LlmConfig:
-    """Stage 2 of BLIP-2. `qformer_text`: InstructBLIP, whose Q-Former reads the instruction too.
+    """Stage 2 of BLIP-2, on stage 1: with its heads or, as in the released models, without.
 
-    `freeze_vision` keeps the tower in eval mode and out of the gradient. Raises ConfigError: `qformer_text` with a
-    Q-Former that has no text part.
+    qformer_text: InstructBLIP, whose Q-Former reads the instruction too. Raises ConfigError: it has no text part.
     """
 
     lm: LmConfig
-    vision: VisionConfig = field(default_factory=vit_large)
-    qformer: QFormerConfig = field(default_factory=lambda: QFormerConfig(text=False))
-    freeze_vision: bool = True
+    blip2: Blip2Config = field(default_factory=_queries_alone)
     qformer_text: bool = False
-    ln_vision_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.qformer_text and not self.qformer.text:
-            raise ConfigError("qformer_text: the Q-Former has no text part; set qformer.text")
+        if self.qformer_text and not self.blip2.qformer.text:
+            raise ConfigError("qformer_text: the Q-Former has no text part; set blip2.qformer.text")
+
+    @property
+    def vision(self) -> VisionConfig:
+        """The image tower's."""
+        return self.blip2.vision
+
+    @property
+    def text(self) -> QFormerConfig | None:
+        """What the Q-Former's tokenizer must agree with, if it reads text."""
+        return self.blip2.qformer if self.blip2.qformer.text else None
 
 
 class Blip2Llm(nn.Module):
-    """Image encoder, Q-Former, projection, language model. `lm`: the one with its weights; None: fresh ones."""
+    """Stage 1, projection, language model. `lm`: the one with its weights; None: fresh ones."""
 
     def __init__(self, config: Blip2LlmConfig, lm: LanguageModel | None = None) -> None:
         super().__init__()
         self.config = config
-        width = config.vision.hidden_size
-        self.vision = build_vision(config.vision)
-        # Belongs to the bridge: trained even when the tower is not.
-        self.ln_vision = nn.LayerNorm(width, eps=config.ln_vision_eps)
-        self.qformer = QFormer(config.qformer, encoder_width=width)
+        self.blip2 = Blip2(config.blip2)
         self.lm = LanguageModel(config.lm) if lm is None else lm
-        self.projection = nn.Linear(config.qformer.hidden_size, self.lm.hidden_size)
+        self.projection = nn.Linear(config.blip2.qformer.hidden_size, self.lm.hidden_size)
         self.projection.apply(init_weights)
-        if config.freeze_vision:
-            self.vision.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Blip2Llm":
-        """Training mode; a frozen vision tower and the language model stay in eval mode."""
-        super().train(mode)
-        if self.config.freeze_vision:
-            self.vision.eval()
-        return self
+    @property
+    def vision(self) -> nn.Module:
+        """The image tower."""
+        return self.blip2.vision
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Recompute activations of tower and Q-Former in the backward pass."""
-        self.vision.set_grad_checkpointing(enabled and not self.config.freeze_vision)
-        self.qformer.set_grad_checkpointing(enabled)
+        self.blip2.set_grad_checkpointing(enabled)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] -> image_embeds [B, N, De]: the tower's tokens, before `ln_vision`.
-
-        Video [B, T, 3, S, S] -> [B, T, N, De].
-        """
-        frames = pixel_values.flatten(0, -4)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            return self.vision(frames).unflatten(0, pixel_values.shape[:-3])
-
-    def memory(self, image_embeds: Tensor) -> Memory:
-        """image_embeds [B, N, De] -> keys and values of every layer that looks at them, projected once."""
-        return self.qformer.memory(self.ln_vision(image_embeds))
+        """pixel_values [B, 3, S, S] -> image_embeds [B, N, De], or a video's [B, T, N, De]; see `Blip2`."""
+        return self.blip2.encode_image(pixel_values)
 
     def soft_prompt(
         self, image_embeds: Tensor, qformer_ids: Tensor | None = None, qformer_mask: Tensor | None = None
@@ -106,13 +99,14 @@ class Blip2Llm(nn.Module):
             wanted = "wants instruction ids" if self.config.qformer_text else "takes no instruction ids"
             raise ValueError(f"the Q-Former of this model {wanted} (qformer_text)")
         frames = image_embeds.shape[1] if image_embeds.ndim == 4 else 1
-        memory = self.memory(image_embeds.flatten(0, 1) if image_embeds.ndim == 4 else image_embeds)
+        memory = self.blip2.memory(image_embeds.flatten(0, 1) if image_embeds.ndim == 4 else image_embeds)
+        qformer = self.blip2.qformer
         if qformer_ids is None:
-            states = self.qformer.encode_queries(memory)
+            states = qformer.encode_queries(memory)
         else:
             ids = qformer_ids.repeat_interleave(frames, dim=0)
             mask = None if qformer_mask is None else qformer_mask.repeat_interleave(frames, dim=0)
-            states = self.qformer.encode_both(memory, ids, mask)[:, : self.config.qformer.num_query_tokens]
+            states = qformer.encode_both(memory, ids, mask)[:, : qformer.config.num_query_tokens]
         return self.projection(states).reshape(len(image_embeds), -1, self.lm.hidden_size)
 
     def lm_states(
@@ -225,3 +219,13 @@ class Blip2Llm(nn.Module):
 
     def _ends(self) -> dict[str, Any]:
         return {"eos_token_id": self.lm.eos_token_ids, "pad_token_id": self.lm.pad_token_id}
+
+
+def without_stage1(model: Blip2Llm) -> Blip2Llm:
+    """The model without the heads of stage 1, as it is released; the language model is the same object."""
+    blip2 = without_heads(model.blip2)
+    found = Blip2Llm(replace(model.config, blip2=blip2.config), model.lm)
+    found.blip2 = blip2
+    found.projection.load_state_dict(model.projection.state_dict())
+    some = model.projection.weight
+    return found.to(some.device, some.dtype).train(model.training)

@@ -128,9 +128,17 @@ def mine(model: Blip2Llm, peer, images=IMAGES):
     soft = model.soft_prompt(embeds, *given)
     ids, mask = (PROMPTS, PROMPT_MASK) if is_encoder_decoder(peer) else (ANSWERS, ANSWER_MASK)
     logits, labels = model.labelled_logits(soft, ids, mask, ANSWERS.masked_fill(ANSWER_MASK == 0, -100))
-    memory = model.memory(embeds)
-    states = model.qformer.encode_both(memory, *given) if given else model.qformer.encode_queries(memory)
-    return logits, labels, {"image": model.ln_vision(embeds), "queries": states[:, :QUERIES], "prompt": soft}
+    memory = model.blip2.memory(embeds)
+    states = (
+        model.blip2.qformer.encode_both(memory, *given)
+        if given
+        else model.blip2.qformer.encode_queries(memory)
+    )
+    return (
+        logits,
+        labels,
+        {"image": model.blip2.ln_vision(embeds), "queries": states[:, :QUERIES], "prompt": soft},
+    )
 
 
 @torch.no_grad()
@@ -176,21 +184,21 @@ def test_qformer_features_of_the_model_without_head_are_the_same():
     peer = make_peer("opt", Blip2Model)
     model = ours(peer)
     embeds = model.encode_image(IMAGES)
-    features = model.qformer.encode_queries(model.memory(embeds))
+    features = model.blip2.qformer.encode_queries(model.blip2.memory(embeds))
     assert (features - peer.get_qformer_features(IMAGES)).abs().max() < TOLERANCE
-    assert (model.ln_vision(embeds) - peer.get_image_features(IMAGES)[0]).abs().max() < TOLERANCE
+    assert (model.blip2.ln_vision(embeds) - peer.get_image_features(IMAGES)[0]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        other_eps("vision.", 10),
-        other_eps("ln_vision", 10),
-        other_eps("qformer.", 1e7),
-        swapped_q_and_k("qformer.layers.1"),
-        swapped_k_and_v("qformer.layers.2"),
-        other_activation("qformer.", "gelu_tanh"),
-        without("ln_vision"),
+        other_eps("blip2.vision.", 10),
+        other_eps("blip2.ln_vision", 10),
+        other_eps("blip2.qformer.", 1e7),
+        swapped_q_and_k("blip2.qformer.layers.1"),
+        swapped_k_and_v("blip2.qformer.layers.2"),
+        other_activation("blip2.qformer.", "gelu_tanh"),
+        without("blip2.ln_vision"),
         lambda model: model.projection.bias.data.zero_(),
     ],
     ids=[
