@@ -4,6 +4,7 @@
                          and the frozen parts that are named instead of held (see `convert.frozen`)
     model.safetensors    weights; what several modules share is there once; above 5 GB in several files
     tokenizer.json       if there is a tokenizer
+    lm_tokenizer/        that of a language model whose weights are here
     README.md            the model card
 
 What a folder holds is recognised from config.json and the names of the tensors. Weights fit completely or are
@@ -13,22 +14,23 @@ refused, with the names of those that do not; `Pretrained.report` says what beca
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from openblip import __version__
 from openblip.config import UserError, from_dict, save_json, to_dict
+from openblip.convert.files import publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
 from openblip.convert.huggingface import from_huggingface, to_huggingface
 from openblip.convert.huggingface_config import image_transform
+from openblip.convert.lm import lm_folder, load_lm
 from openblip.convert.weights import (
+    LM,
     SYSTEMS,
     LoadReport,
     empty_model,
@@ -38,16 +40,17 @@ from openblip.convert.weights import (
     tied_in,
     tied_names,
 )
+from openblip.data.prompts import LmTokenizer
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
 from openblip.model_card import model_card
 from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.lm import LanguageModel, is_adapter
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their <name>.index.json, which lists several
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json")
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json|lm_tokenizer")
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Pretrained:
     info: dict[str, Any]
     report: LoadReport
     frozen: dict[str, str] = field(default_factory=dict)  # parts that came from elsewhere: {module: source}
+    lm_tokenizer: LmTokenizer | None = None  # of a Blip2Llm
 
 
 @dataclass
@@ -83,6 +87,7 @@ def save_pretrained(
     info: dict[str, Any] | None = None,
     frozen: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    lm_tokenizer: LmTokenizer | None = None,
 ) -> None:
     """Write a model of `convert.weights.SYSTEMS` to `folder`, over what was saved there before.
 
@@ -94,6 +99,8 @@ def save_pretrained(
             "metrics" ({name: number}) and the rest as a list.
         frozen: modules to name and not to save, {module: source of `convert.frozen`}.
         dtype: of the file; None keeps the model's.
+        lm_tokenizer: of a language model that is saved too; one that has a source (`LmConfig.source`) is named, with
+            its hash, and only what was trained of it is saved.
 
     Raises:
         UserError: a model of another kind, a tokenizer that does not belong to it, no place for a folder, a
@@ -111,19 +118,24 @@ def save_pretrained(
         for name in others:
             del weights[name]
     named = leave_out_(weights, frozen or {})
+    lm = getattr(model.config, "lm", None)
+    if lm is not None and lm.source is not None:
+        weights = {k: v for k, v in weights.items() if not k.startswith(LM) or is_adapter(k)}
     card = _Card(kind, __version__, to_dict(model.config), transform, info or {}, named)
     if dtype is not None:
         weights = {name: v.to(dtype) if v.is_floating_point() else v for name, v in weights.items()}
 
     def write(part: Path) -> None:
         save_json(card, part / "config.json")
-        _save_weights(weights, part)
+        save_weights(weights, part)
         if tokenizer is not None:
             tokenizer.save(part)
+        if lm_tokenizer is not None and lm is not None and lm.source is None:
+            lm_tokenizer.save(part / "lm_tokenizer")
         page = model_card(model, kind, Path(folder).resolve().name, __version__, card.info)
         (part / "README.md").write_text(page, encoding="utf-8")
 
-    _publish(Path(folder), write)
+    publish(Path(folder), _is_ours, write)
 
 
 def save_for_transformers(model: nn.Module, folder: str | Path) -> None:
@@ -136,9 +148,9 @@ def save_for_transformers(model: nn.Module, folder: str | Path) -> None:
 
     def write(part: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _save_weights(weights, part)
+        save_weights(weights, part)
 
-    _publish(Path(folder), write)
+    publish(Path(folder), _is_ours, write)
 
 
 def load_pretrained(
@@ -160,8 +172,8 @@ def load_pretrained(
             differ.
     """
     folder = _find_folder(name_or_folder)
-    config = _read_object(folder / "config.json")
-    weights = _read_weights(folder, dtype)
+    config = read_object(folder / "config.json")
+    weights = read_weights(folder, dtype)
     load = _load_ours if "openblip_version" in config else _load_theirs
     found = load(folder, config, weights, image_size)
     _check_tokenizer(found.tokenizer, found.model.config, str(folder))
@@ -194,7 +206,29 @@ def _load_ours(
     report.interpolated = resize_positions_(weights, model.state_dict())
     fill_(model, weights, where)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return Pretrained(model, tokenizer, card.image_transform, card.info, report, sources)
+    words = _lm_tokenizer(model, folder / "lm_tokenizer")
+    return Pretrained(model, tokenizer, card.image_transform, card.info, report, sources, words)
+
+
+def _language_model(settings: Any, weights: Mapping[str, Tensor]) -> LanguageModel | None:
+    """The language model that a folder names instead of holding, if it does."""
+    lm = getattr(settings, "lm", None)
+    if lm is None or lm.source is None:
+        return None
+    half = any(value.dtype is torch.bfloat16 for value in weights.values())
+    return load_lm(lm.source, "bfloat16" if half else "float32", sha256=lm.sha256, lora=lm.lora)
+
+
+def _lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
+    """The tokenizer of a model's language model, if it has one: from its source, or from a folder."""
+    if not isinstance(model, Blip2Llm):
+        return None
+    settings = model.lm.config
+    place = folder if settings.source is None else Path(lm_folder(settings.source))
+    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    family = settings.family or settings.config["model_type"]
+    return LmTokenizer.load(place, family, encoder_decoder=model.lm.is_encoder_decoder)
 
 
 def _load_theirs(
@@ -202,21 +236,19 @@ def _load_theirs(
 ) -> Pretrained:
     model, report = from_huggingface(config, weights, str(folder), image_size=image_size)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-    processor = next((_read_object(file) for file in files if file.is_file()), None)
+    processor = next((read_object(file) for file in files if file.is_file()), None)
     vision = getattr(model.config, "vision", model.config)
     transform, notes = image_transform(config["model_type"], vision.image_size, processor)
     report.notes += notes
     tokenizer, place = None, folder
     if isinstance(model, Blip2Llm):  # InstructBLIP keeps the Q-Former's beside that of the language model
         place = folder / "qformer_tokenizer"
-        report.notes.append(
-            "the language model's own tokenizer is data.prompts.LmTokenizer.load of this folder"
-        )
     if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         tokenizer = Tokenizer.load(place)
     elif getattr(model.config, "qformer_text", hasattr(model.config, "text")):
         report.notes.append("no tokenizer in this folder")
-    return Pretrained(model, tokenizer, transform, {"converted_from": report.layout}, report)
+    info, words = {"converted_from": report.layout}, _lm_tokenizer(model, folder)
+    return Pretrained(model, tokenizer, transform, info, report, lm_tokenizer=words)
 
 
 def push_to_hub(
@@ -244,11 +276,11 @@ def push_to_hub(
             folder = Path(beside) / repo_id.partition("/")[2]
             save_pretrained(
                 model.model, folder, tokenizer=model.tokenizer, transform=model.transform, info=model.info,
-                frozen=model.frozen,
+                frozen=model.frozen, lm_tokenizer=model.lm_tokenizer,
             )  # fmt: skip
             return push_to_hub(folder, repo_id, private=private, token=token)
     folder = Path(model).expanduser()
-    if "openblip_version" not in _read_object(folder / "config.json"):
+    if "openblip_version" not in read_object(folder / "config.json"):
         raise UserError(
             f"{folder}: not a folder of openblip's; load it and save it with save_pretrained first"
         )
@@ -321,73 +353,5 @@ def _find_folder(name_or_folder: str | Path) -> Path:
     return found
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} in it; this is no folder of a model") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: wanted an object, got a {type(found).__name__}")
-    return found
-
-
-def _read_weights(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of the weight files of a folder, on the CPU, floating-point ones in `dtype`."""
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            is_safe = file.suffix == ".safetensors"
-            found = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{file}: not there, though the index lists it") from None
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged, or no safetensors file: {error}") from None
-        except Exception as error:  # torch raises half a dozen kinds for a file it cannot or will not read
-            raise UserError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise UserError(f"{file}: wanted names and tensors, nothing else")
-        weights |= {name: v.to(dtype) if v.is_floating_point() else v for name, v in found.items()}
-    return weights
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
-            places = _read_object(index).get("weight_map")
-            names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
-            if not names or any(Path(name).name != name for name in names):
-                raise UserError(f"{index}: weight_map does not name the files beside it")
-            return [folder / name for name in names]
-    raise UserError(
-        f"{folder}: no weights in it; wanted one of {', '.join(_WEIGHTS)}, or an index of several files"
-    )
-
-
-def _save_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    on_cpu = {name: value.detach().cpu() for name, value in weights.items()}
-    save_torch_state_dict(on_cpu, folder, max_shard_size="5GB", metadata={"format": "pt"})
-
-
-def _publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside, then put its files into `folder`, in place of those saved before.
-
-    By rename: loaded weights are a view of their file, which lives on under them, while writing into it would
-    pull them away.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: no folder can be made there: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
-        write(Path(beside))
-        (folder / "config.json").unlink(missing_ok=True)
-        for stale in [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]:
-            stale.unlink()
-        for file in sorted(Path(beside).iterdir(), key=lambda path: path.name == "config.json"):
-            file.replace(folder / file.name)
+def _is_ours(name: str) -> bool:
+    return _OURS.fullmatch(name) is not None

@@ -155,7 +155,12 @@ def blip2_llm(config: Mapping[str, Any]) -> Blip2LlmConfig:
 
 def instructblip(config: Mapping[str, Any]) -> Blip2LlmConfig:
     """InstructBlipForConditionalGeneration: the Q-Former reads the instruction too."""
-    return Blip2LlmConfig(_lm(config), _headless(*_blip2_parts(config)), qformer_text=True)
+    lm = _lm(config)
+    if lm.config["model_type"] == "llama":
+        lm.family = (
+            "vicuna"  # the only llama it was released with, whose tokenizer was changed (InstructBLIP)
+        )
+    return Blip2LlmConfig(lm, _headless(*_blip2_parts(config)), qformer_text=True)
 
 
 def _headless(vision: VisionConfig, qformer: QFormerConfig) -> Blip2Config:

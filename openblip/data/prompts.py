@@ -101,8 +101,8 @@ class LmTokenizer:
             raise UserError("this tokenizer needs transformers: pip install 'openblip[lm]'") from None
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source))
-        except (OSError, ValueError, ImportError) as error:
-            line = str(error).strip().splitlines()[0]
+        except Exception as error:  # transformers and tokenizers raise many kinds for a file they cannot read
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{source}: no tokenizer to load here: {line}") from None
         return cls(tokenizer, family, encoder_decoder=encoder_decoder)
 

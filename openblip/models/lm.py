@@ -55,12 +55,14 @@ class LmConfig:
     source: where its weights are: a folder, a name on the hub, a `.gguf` file, or "smollm2" for the one that a
         registry package holds. None: they are new, and saved with the model.
     sha256: of those weights, see `convert.lm.weights_sha256`.
+    family: how its texts are written, in `data.prompts.QUIRKS`, where `model_type` does not say ("vicuna").
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
     sha256: str | None = None
     lora: LoraSettings | None = None
+    family: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.config.get("model_type"), str):
@@ -338,6 +340,11 @@ def _ordered(x: Tensor, mask: Tensor, padding: str) -> tuple[Tensor, Tensor]:
         return x, mask
     order = mask.int().argsort(dim=1, stable=True, descending=padding == "last")
     return x.gather(1, order[:, :, None].expand_as(x)), mask.gather(1, order)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of a language model belongs to its LoRA adapters, by its name."""
+    return "lora_" in name
 
 
 def build(config: dict[str, Any]) -> Any:

@@ -27,6 +27,7 @@ from openblip.convert.weights import WeightsError, tied_names
 from openblip.hub import load_pretrained, save_for_transformers, save_pretrained
 from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.generation import GenerationConfig
+from tests.data.test_prompts import byte_level
 from tests.parity.peers import (
     CLS,
     SEP,
@@ -287,7 +288,7 @@ def test_it_goes_back(peer):
 
 def test_folders_are_loaded(peer, tmp_path):
     peer.save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs/tokenizer.json").write_text("{}")  # the language model's, which is not read here
+    byte_level().save_pretrained(tmp_path / "theirs")  # the language model's
     if instructions(peer):
         save_words(tmp_path / "theirs/qformer_tokenizer")
     found = load_pretrained(tmp_path / "theirs", dtype=None)
@@ -298,9 +299,17 @@ def test_folders_are_loaded(peer, tmp_path):
         assert found.tokenizer is None
     assert found.transform.image_size == 32 and not found.report.ignored
     save_pretrained(
-        found.model, tmp_path / "ours", tokenizer=found.tokenizer, transform=found.transform, info=found.info
-    )
+        found.model, tmp_path / "ours", tokenizer=found.tokenizer, transform=found.transform, info=found.info,
+        lm_tokenizer=found.lm_tokenizer,
+    )  # fmt: skip
     again = load_pretrained(tmp_path / "ours", dtype=None)
+    for words in (found.lm_tokenizer, again.lm_tokenizer):
+        assert words.decode(words.encode("a dog")) == "a dog"
+        assert words.encoder_decoder == found.model.lm.is_encoder_decoder
+        is_opt = found.model.lm.config.config["model_type"] == "opt"
+        assert words.end_id == (words.encode("\n")[0] if is_opt else 2)
+        is_vicuna = found.model.lm.config.family == "vicuna"
+        assert words.quirks.rewrite == ({0: 2} if is_vicuna else {})
     assert again.model.config == found.model.config and gap(again.model, peer) < TOLERANCE
     save_for_transformers(again.model, tmp_path / "back")
     back, info = type(peer).from_pretrained(tmp_path / "back", output_loading_info=True)
