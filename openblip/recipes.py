@@ -7,7 +7,7 @@ parts.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from openblip.config import ConfigError, UserError
 from openblip.models.blip import BlipConfig
@@ -15,14 +15,17 @@ from openblip.models.blip import blip_base as base_model
 from openblip.models.blip import blip_large as large_model
 from openblip.models.blip2 import Blip2Config
 from openblip.models.clip import ClipConfig
+from openblip.models.lm import LoraSettings
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 from openblip.train.config import TrainConfig
 from openblip.train.tasks import BlipTaskConfig
-from openblip.train.tasks_blip2 import Blip2TaskConfig
+from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
 
-Stage = Literal["clip", "pretrain", "retrieval", "caption", "vqa", "nlvr", "blip2_stage1"]
+Stage = Literal[
+    "clip", "pretrain", "retrieval", "caption", "vqa", "nlvr", "blip2_stage1", "blip2_stage2", "instruct"
+]
 
 
 @dataclass
@@ -35,12 +38,22 @@ class Augment:
 
 
 @dataclass
+class Language:
+    """The language model of BLIP-2's stage 2: where it comes from, adapters to train, changes to its configuration."""
+
+    source: str = "smollm2"
+    lora: LoraSettings | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """One training stage: what is trained, on what kind of rows, and how.
 
-    stage: which task. model, clip, blip2: geometry of the model it trains, see `system`. task, blip2_task: its
-        losses. init: a model folder or hub name whose weights it begins with. vision_init, text_init: real
-        pretrained parts from registry packages.
+    stage: which task. model, clip, blip2: geometry of the model it trains, see `system`; language: what BLIP-2's
+        stage 2 adds. task, blip2_task, blip2_llm_task: its losses.
+    init: a model folder or hub name whose weights it begins with. vision_init, text_init: real pretrained parts
+        from registry packages.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
@@ -56,6 +69,8 @@ class Recipe:
     blip2: Blip2Config | None = None
     task: BlipTaskConfig = field(default_factory=BlipTaskConfig)
     blip2_task: Blip2TaskConfig = field(default_factory=Blip2TaskConfig)
+    language: Language | None = None
+    blip2_llm_task: Blip2LlmTaskConfig = field(default_factory=Blip2LlmTaskConfig)
     init: str | None = None
     tokenizer: str | None = None
     vision_init: Literal["dinov2_small"] | None = None
@@ -71,7 +86,8 @@ class Recipe:
     @property
     def system(self) -> BlipConfig | ClipConfig | Blip2Config:
         """The geometry that counts for this stage. Raises ConfigError if the recipe lacks it."""
-        field = {"clip": "clip", "blip2_stage1": "blip2"}.get(self.stage, "model")
+        of_blip2 = dict.fromkeys(("blip2_stage1", "blip2_stage2", "instruct"), "blip2")
+        field = (of_blip2 | {"clip": "clip"}).get(self.stage, "model")
         found = getattr(self, field)
         if found is None:
             raise ConfigError(f"{self.stage}: the recipe needs its geometry, `{field}`")
@@ -156,6 +172,27 @@ def blip2_stage1() -> Recipe:
     return Recipe("blip2_stage1", train, blip2=Blip2Config(), augment=augment, max_length=32)
 
 
+def blip2_stage2() -> Recipe:
+    """BLIP-2 stage 2 with OPT-2.7B: 80,000 steps of 1920 pairs (BLIP-2 §3.4 and appendix). Begins with stage 1."""
+    recipe = blip2_stage1()
+    train = replace(recipe.train, max_steps=80_000, batch_size=1920, min_lr=5e-5)
+    # There a text ends with a line break, which is OPT's token 50118.
+    language = Language("facebook/opt-2.7b", changes={"eos_token_id": 50118})
+    return replace(recipe, stage="blip2_stage2", train=train, language=language)
+
+
+def instructblip() -> Recipe:
+    """InstructBLIP with Vicuna-7B: at most 60,000 steps of 128 instructions (InstructBLIP §2.6). Begins with BLIP-2."""
+    recipe = blip2_stage2()
+    train = replace(
+        recipe.train, max_steps=60_000, batch_size=128, lr=1e-5, min_lr=0.0, warmup_steps=1000, warmup_lr=1e-8,
+        betas=(0.9, 0.999),
+    )  # fmt: skip
+    return replace(
+        recipe, stage="instruct", train=train, language=Language("lmsys/vicuna-7b-v1.1"), max_length=256
+    )
+
+
 def blip2_stage1_small() -> Recipe:
     """BLIP-2 stage 1 for two CPU cores: frozen DINOv2 ViT-S/14 at 224 px, Q-Former from MiniLM (6 x 384)."""
     vision = VisionConfig(
@@ -163,16 +200,30 @@ def blip2_stage1_small() -> Recipe:
         intermediate_size=1536, layer_scale=1.0,
     )  # fmt: skip
     qformer = QFormerConfig(
-        vocab_size=30524, hidden_size=384, num_hidden_layers=6, intermediate_size=1536, freeze_words=True
-    )
+        vocab_size=30524, hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_query_tokens=16,
+        freeze_words=True,
+    )  # fmt: skip
     train = TrainConfig(
         max_steps=3000, batch_size=64, lr=1e-3, min_lr=2e-5, warmup_steps=100, betas=(0.9, 0.98),
-        precision="bf16", log_every=20, save_every=200,
+        precision="bf16", log_every=20, save_every=100,
     )  # fmt: skip
-    task = Blip2TaskConfig(match_ids=True, negative_floor=0.1, text_lr_scale=0.3)
+    task = Blip2TaskConfig(
+        match_ids=True, negative_floor=0.1, match_pairs=24, keep_tokens=0.5, text_lr_scale=0.3
+    )
     return Recipe(
         "blip2_stage1", train, blip2=Blip2Config(vision, qformer), blip2_task=task, vision_init="dinov2_small",
         text_init="minilm", augment=None, calibrate=256, bucket=True, max_length=30,
+    )  # fmt: skip
+
+
+def blip2_stage2_small() -> Recipe:
+    """BLIP-2 stage 2 for two CPU cores: SmolLM2-135M frozen, stage 1's losses kept, so that one model does all."""
+    recipe = blip2_stage1_small()
+    train = replace(recipe.train, max_steps=1500, batch_size=32, lr=5e-4)
+    task = Blip2LlmTaskConfig(keep_tokens=0.5, text_lr_scale=0.3, stage1=recipe.blip2_task)
+    return replace(
+        recipe, stage="blip2_stage2", train=train, language=Language(), blip2_llm_task=task, calibrate=0,
+        vision_init=None, text_init=None,
     )  # fmt: skip
 
 
@@ -226,7 +277,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function
     for function in (
         clip_b16, blip_base, blip_large, retrieval_coco, retrieval_flickr, caption_coco, vqa_v2, nlvr2,
-        blip2_stage1, blip2_stage1_small, small_pretrain, small_retrieval, small_caption,
+        blip2_stage1, blip2_stage2, instructblip, blip2_stage1_small, blip2_stage2_small,
+        small_pretrain, small_retrieval, small_caption,
     )
 }  # fmt: skip
 

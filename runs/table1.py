@@ -36,7 +36,8 @@ from openblip.hub import load_pretrained, save_pretrained
 from openblip.quickstart.noise import plant_noise
 from openblip.quickstart.story import evaluate, judge_filter
 from openblip.recipes import Recipe, small_caption, small_pretrain, small_retrieval
-from openblip.train.stage import cache_features, prepare, run_stage
+from openblip.train.ingredients import prepare
+from openblip.train.stage import cache_features, run_stage
 
 
 def longer(recipe: Recipe, steps: int) -> Recipe:

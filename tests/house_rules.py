@@ -45,6 +45,7 @@ IMPORTS = [
     ("train.tasks_blip2", f"config models train.objectives train.tasks train.matching {PLUMBING}"),
     ("train.matching", f"models train.objectives {PLUMBING}"),  # one ITM for BLIP and BLIP-2
     ("train.start", "config models"),                      # weights of one model into another
+    ("train.ingredients", f"{OPEN} recipes train"),        # a recipe's model, with the weights it begins with
     ("train.stage", f"{OPEN} recipes train"),              # a recipe and rows to a saved model
     ("train", f"config {PLUMBING}"),                       # tasks by protocol, no model by name
     ("recipes", "config models train.config train.tasks train.tasks_blip2"), # full configurations, and nothing else

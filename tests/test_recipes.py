@@ -35,6 +35,33 @@ def test_the_papers_numbers(name):
     assert recipe.train.max_steps * batch == pytest.approx(samples * epochs, rel=0.02)
 
 
+def test_blip2_as_in_the_paper():
+    """Appendix of BLIP-2: steps and batches of the larger towers' sibling; InstructBLIP §2.6."""
+    one, two = recipe_named("blip2_stage1"), recipe_named("blip2_stage2")
+    for recipe, steps, batch, floor in ((one, 250_000, 2320, 0.0), (two, 80_000, 1920, 5e-5)):
+        train = recipe.train
+        assert (train.max_steps, train.batch_size, train.lr, train.min_lr) == (steps, batch, 1e-4, floor)
+        assert (train.betas, train.weight_decay, train.warmup_steps) == ((0.9, 0.98), 0.05, 2000)
+        assert (
+            recipe.blip2.freeze_vision and recipe.blip2.vision.image_size == 224 and recipe.max_length == 32
+        )
+        assert (
+            recipe.blip2.qformer.num_query_tokens == 32
+            and recipe.blip2.qformer.cross_attention_frequency == 2
+        )
+    task = one.blip2_task
+    assert task.negatives == "global" and task.negative_floor == 0 and task.label_smoothing == 0.1
+    assert task.match_pairs is None and task.keep_tokens == 1 and not task.match_ids
+    assert two.blip2_llm_task.stage1 is None and two.language.changes == {"eos_token_id": 50118}
+    instruct = recipe_named("instructblip").train
+    assert (instruct.max_steps, instruct.lr, instruct.warmup_steps, instruct.betas) == (
+        60_000,
+        1e-5,
+        1000,
+        (0.9, 0.999),
+    )
+
+
 def test_pretraining_as_in_the_paper():
     for name in ("blip_base", "blip_large"):
         train = recipe_named(name).train
@@ -101,6 +128,8 @@ def test_every_recipe_describes_a_model_that_can_be_built(name):
             "vqa": lambda: BlipVqa(BlipVqaConfig(vision, text)),
             "nlvr": lambda: BlipNlvr(BlipNlvrConfig(vision, text)),
             "blip2_stage1": lambda: Blip2(recipe.blip2),
+            "blip2_stage2": lambda: Blip2(recipe.blip2),  # the language model is loaded, not built
+            "instruct": lambda: Blip2(recipe.blip2),
         }[recipe.stage]()
     limit = (recipe.clip.text if recipe.clip else text).max_position_embeddings
     assert recipe.max_length <= limit

@@ -33,7 +33,8 @@ from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
 from openblip.hub import save_pretrained
 from openblip.recipes import Recipe, small_caption, small_pretrain, small_retrieval
-from openblip.train.stage import cache_features, prepare, run_stage
+from openblip.train.ingredients import prepare
+from openblip.train.stage import cache_features, run_stage
 
 
 @dataclass

@@ -6,8 +6,10 @@ A sample has a prompt, which the model reads, and a text, which it is to write; 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 
 from openblip.data.collate import Batch, PairDataset, Pictures, Sample, picture_tensors
 from openblip.data.prompts import LmTokenizer, split_for_prefix_lm
@@ -20,10 +22,10 @@ class PrefixDataset(PairDataset):
     """A picture and a caption cut in two at random, for an encoder-decoder model (BLIP-2 §3.3)."""
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """A pair's sample, with the caption's first part as "prompt" and its second as "text"."""
+        """A pair's sample, with the caption's first part as "prompt", its second as "text", all of it as "caption"."""
         sample = super().get(index, rng)
         prompt, text = split_for_prefix_lm(sample["text"], rng)
-        return {**sample, "prompt": prompt, "text": text}
+        return {**sample, "prompt": prompt, "text": text, "caption": sample["text"]}
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class InstructDataset(Pictures):
 
 @dataclass(frozen=True)
 class LmCollator:
-    """Samples -> the pictures, input_ids, attention_mask, labels (see `LmTokenizer.training`), and image_ids.
+    """Samples -> the pictures, and input_ids, attention_mask, labels (see `LmTokenizer.training`).
 
     prompt: for samples that bring none. max_prompt, max_target: in tokens. qformer: the Q-Former's tokenizer, for
-    InstructBLIP, whose batches have the prompts once more as qformer_ids, qformer_mask [B, L'].
+    batches that have a text once more in its vocabulary: what `reads` says, the "prompt" as qformer_ids, qformer_mask
+    [B, L'] (InstructBLIP), or the "caption" as text_ids, text_mask, with image_ids [B] (stage 1 beside stage 2).
     """
 
     tokenizer: LmTokenizer
@@ -67,6 +70,7 @@ class LmCollator:
     max_prompt: int = 128
     max_target: int = 32
     qformer: Tokenizer | None = None
+    reads: Literal["prompt", "caption"] = "prompt"
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """One batch."""
@@ -76,7 +80,17 @@ class LmCollator:
             **picture_tensors(samples),
             **self.tokenizer.training(prompts, texts, max_prompt=self.max_prompt, max_target=self.max_target),
         }
-        if self.qformer is not None:
+        if self.qformer is None:
+            return batch
+        if self.reads == "prompt":
             read = self.qformer(prompts, self.max_prompt)
-            batch |= {"qformer_ids": read["input_ids"], "qformer_mask": read["attention_mask"]}
-        return batch
+            return {**batch, "qformer_ids": read["input_ids"], "qformer_mask": read["attention_mask"]}
+        captions = [sample["caption"] if "caption" in sample else sample["text"] for sample in samples]
+        read = self.qformer(captions, self.max_target)
+        image_ids = torch.tensor([sample["image_id"] for sample in samples])
+        return {
+            **batch,
+            "text_ids": read["input_ids"],
+            "text_mask": read["attention_mask"],
+            "image_ids": image_ids,
+        }

@@ -182,9 +182,9 @@ def without_decoder(model: Blip2) -> Blip2:
     return _part_of(model, replace(model.config, decoder=False))
 
 
-def without_heads(model: Blip2) -> Blip2:
-    """Tower and Q-Former of a model as a model of its own; what only text needs goes too."""
-    qformer = replace(model.config.qformer, text=False)
+def without_heads(model: Blip2, *, keep_text: bool = False) -> Blip2:
+    """Tower and Q-Former of a model as a model of its own; what only text needs goes too, unless `keep_text`."""
+    qformer = replace(model.config.qformer, text=keep_text)
     return _part_of(model, replace(model.config, qformer=qformer, encoder=False, decoder=False))
 
 

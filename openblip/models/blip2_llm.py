@@ -223,7 +223,7 @@ class Blip2Llm(nn.Module):
 
 def without_stage1(model: Blip2Llm) -> Blip2Llm:
     """The model without the heads of stage 1, as it is released; the language model is the same object."""
-    blip2 = without_heads(model.blip2)
+    blip2 = without_heads(model.blip2, keep_text=model.config.qformer_text)
     found = Blip2Llm(replace(model.config, blip2=blip2.config), model.lm)
     found.blip2 = blip2
     found.projection.load_state_dict(model.projection.state_dict())

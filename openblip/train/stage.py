@@ -4,15 +4,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from openblip.config import UserError, to_dict
-from openblip.convert import parts
+from openblip.config import to_dict
 from openblip.data.collate import (
     CaptionCollator,
     NlvrCollator,
@@ -24,46 +23,19 @@ from openblip.data.collate import (
     VqaDataset,
     text_lengths,
 )
+from openblip.data.collate_lm import InstructDataset, LmCollator, PrefixDataset
 from openblip.data.features import FeatureCache, build_features
 from openblip.data.loader import Loader
 from openblip.data.rows import BadRows
-from openblip.data.text import Tokenizer, bert_uncased, clean_caption
-from openblip.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, TrainTransform
-from openblip.hub import Pretrained, load_pretrained, save_pretrained
-from openblip.models.blip import Blip, without_decoder, without_encoder
-from openblip.models.blip2 import Blip2, Blip2Config
-from openblip.models.blip_nlvr import BlipNlvrConfig
-from openblip.models.blip_vqa import BlipVqaConfig
-from openblip.models.clip import Clip, ClipConfig
-from openblip.models.text import TextTransformer
-from openblip.models.vit import VisionTransformer
+from openblip.data.text import clean_caption
+from openblip.data.transforms import ImageTransform, TrainTransform
+from openblip.hub import Pretrained, save_pretrained
 from openblip.recipes import Recipe
 from openblip.train import distributed
+from openblip.train.ingredients import Ingredients, prepare
 from openblip.train.loop import Evaluate, FitResult, fit
-from openblip.train.start import calibrate_blip2_, calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
 from openblip.train.tasks import BlipTask, CaptionTask, ClipTask, NlvrTask, Task, VqaTask
-from openblip.train.tasks_blip2 import Blip2Task
-
-# What a stage takes from the model it begins with.
-_HALVES = {
-    "pretrain": ("encoder", "decoder"),
-    "retrieval": ("encoder",),
-    "caption": ("decoder",),
-    "vqa": ("encoder", "decoder"),
-    "nlvr": ("encoder",),
-}
-
-
-@dataclass
-class Ingredients:
-    """A model to train, with the tokenizer and deterministic transform that belong to it."""
-
-    model: Any
-    tokenizer: Tokenizer
-    transform: ImageTransform
-    frozen: dict[str, str] = field(
-        default_factory=dict
-    )  # parts that a saved model names, see `convert.frozen`
+from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2Task
 
 
 @dataclass
@@ -72,149 +44,6 @@ class StageResult:
 
     folder: Path
     fit: FitResult
-
-
-def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingredients:
-    """Build what the recipe describes, with the weights it begins with.
-
-    rows: what `recipe.calibrate` takes its sample from. init: a loaded model to begin with instead of
-    `recipe.init`. Random weights come from the recipe's seed.
-
-    Raises:
-        UserError: a fine-tune has nothing to begin with, or something its stage cannot use.
-    """
-    torch.manual_seed(recipe.train.seed)
-    has_start = init is not None or any((recipe.init, recipe.vision_init, recipe.text_init))
-    if recipe.stage not in ("clip", "pretrain", "blip2_stage1") and not has_start:
-        raise UserError(
-            f"{recipe.stage}: fine-tunes a pre-trained model, and this recipe names none; set `init` "
-            "(--init FOLDER, or a hub name)"
-        )
-    if init is None and recipe.init is not None:
-        init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
-    if recipe.stage == "clip":
-        return _clip(recipe, init)
-    wanted = Blip2 if recipe.stage == "blip2_stage1" else Blip
-    fresh = _fresh_blip2 if wanted is Blip2 else _fresh_blip
-    start: Any = init.model if init is not None else fresh(recipe)
-    if not isinstance(start, wanted):
-        raise UserError(
-            f"{recipe.stage}: begins with a pre-trained {wanted.__name__}, not with a {type(start).__name__}"
-        )
-    tokenizer = init.tokenizer if init is not None and init.tokenizer is not None else bert_uncased()
-    transform = init.transform if init is not None and init.transform is not None else _transform(recipe)
-    if init is None and recipe.calibrate:
-        _calibrate_(start, recipe, rows, tokenizer, transform)
-    frozen = _named_parts(recipe) if init is None else init.frozen
-    return Ingredients(_for_stage(recipe, start), tokenizer, transform, frozen)
-
-
-def _named_parts(recipe: Recipe) -> dict[str, str]:
-    """The parts of a fresh BLIP-2 that stay as their packages have them, which need not be saved."""
-    found = {}
-    if isinstance(recipe.system, Blip2Config):
-        if recipe.system.freeze_vision and recipe.vision_init == "dinov2_small":
-            found["vision"] = "dinov2_small"
-        if recipe.system.qformer.freeze_words and recipe.text_init == "minilm":
-            found["qformer.word"] = "minilm_words"
-    return found
-
-
-def _calibrate_(
-    model: Blip | Blip2, recipe: Recipe, rows: Rows, tokenizer: Tokenizer, transform: ImageTransform
-) -> None:
-    """Fit the frozen tower's output and the ITC heads to a sample of the rows, drawn by the recipe's seed."""
-    dataset = PairDataset(rows, transform)
-    loader = Loader(
-        dataset, PairCollator(tokenizer, recipe.max_length), min(recipe.calibrate, len(rows)),
-        recipe.train.seed, workers=recipe.workers,
-    )  # fmt: skip
-    batch = next(loader.batches())
-    model.eval()
-    texts = batch["input_ids"], batch["attention_mask"]
-    with torch.no_grad():
-        if isinstance(model, Blip2):
-            calibrate_blip2_(model, model.encode_image(batch["pixel_values"]), *texts)
-            return
-        if recipe.model.freeze_vision and isinstance(model.vision, VisionTransformer):
-            standardise_tower_(model.vision, batch["pixel_values"])
-        calibrate_heads_(model, model.encode_image(batch["pixel_values"]), *texts)
-
-
-def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
-    """A CLIP to train: `init` as it is, or a fresh one with the recipe's geometry and tokenizer."""
-    geometry = recipe.system
-    assert isinstance(geometry, ClipConfig)
-    transform = ImageTransform(geometry.vision.image_size, resize="crop")
-    if init is not None:
-        if not isinstance(init.model, Clip) or init.tokenizer is None:
-            raise UserError("clip: begins with a CLIP and its tokenizer, and `init` is none")
-        return Ingredients(init.model, init.tokenizer, init.transform or transform)
-    if recipe.tokenizer is None:
-        raise UserError(
-            "clip: a fresh CLIP needs a vocabulary; set the recipe's `tokenizer` to a folder with one"
-        )
-    return Ingredients(Clip(geometry), Tokenizer.load(recipe.tokenizer), transform)
-
-
-def _fresh_blip(recipe: Recipe) -> Blip:
-    """A new BLIP, with pretrained parts where the recipe names them."""
-    model = Blip(recipe.model)
-    _vision_init_(model, recipe)
-    if recipe.text_init == "minilm":
-        parts.minilm_text_(model.text_encoder)
-        parts.minilm_text_(model.text_decoder)
-    return model
-
-
-def _fresh_blip2(recipe: Recipe) -> Blip2:
-    """A new BLIP-2 of stage 1, likewise."""
-    geometry = recipe.system
-    assert isinstance(geometry, Blip2Config)
-    model = Blip2(geometry)
-    _vision_init_(model, recipe)
-    if recipe.text_init == "minilm":
-        bert = TextTransformer(parts.minilm_text_config())
-        parts.minilm_text_(bert)
-        model.qformer.copy_text_(bert)
-    return model
-
-
-def _vision_init_(model: Blip | Blip2, recipe: Recipe) -> None:
-    """The pretrained vision tower that the recipe names, if it names one."""
-    if recipe.vision_init == "dinov2_small":
-        vision = recipe.system.vision
-        tower = parts.dinov2_small(vision.image_size, vision.num_hidden_layers)
-        model.vision.load_state_dict(tower.state_dict())
-
-
-def _transform(recipe: Recipe) -> ImageTransform:
-    """The deterministic transform of a fresh model: BLIP squashes; DINOv2 was trained with ImageNet's statistics."""
-    dino = recipe.vision_init == "dinov2_small"
-    mean, std = (parts.DINOV2_MEAN, parts.DINOV2_STD) if dino else (CLIP_MEAN, CLIP_STD)
-    return ImageTransform(recipe.system.vision.image_size, mean, std)
-
-
-def _for_stage(recipe: Recipe, start: Any) -> nn.Module:
-    """The model that the stage trains, begun with `start`."""
-    if recipe.stage == "blip2_stage1":
-        return start
-    vision, text, frozen = start.config.vision, start.config.text, start.config.freeze_vision
-    for half in ("encoder", "decoder"):
-        if half in _HALVES[recipe.stage] and not getattr(start.config, half):
-            raise UserError(f"{recipe.stage}: needs a model with its text {half}, and this one has none")
-    match recipe.stage:
-        case "pretrain":
-            return start
-        case "retrieval":
-            return without_decoder(start)
-        case "caption":
-            return without_encoder(start)
-        case "vqa":
-            return vqa_from(start, BlipVqaConfig(vision, text, frozen))[0]
-        case "nlvr":
-            return nlvr_from(start, BlipNlvrConfig(vision, text, frozen))[0]
-    raise UserError(f"no stage is called {recipe.stage!r}")
 
 
 def run_stage(
@@ -250,11 +79,13 @@ def run_stage(
         result.ema.copy_to_(task)
     folder = run_dir / "model"
     if distributed.is_main() and not result.interrupted:
-        known: dict[str, Any] = {"prompt": recipe.prompt} if recipe.stage == "caption" else {}
+        known: dict[str, Any] = (
+            {"prompt": recipe.prompt} if recipe.stage in ("caption", "blip2_stage2") else {}
+        )
         known |= {"stage": recipe.stage, "steps": result.step, "bad_rows": _count_reasons(listed)}
         save_pretrained(
             made.model, folder, tokenizer=made.tokenizer, transform=made.transform, info=known | (info or {}),
-            frozen=made.frozen,
+            frozen=made.frozen, lm_tokenizer=made.lm_tokenizer,
         )  # fmt: skip
     distributed.barrier()
     return StageResult(folder, result)
@@ -300,14 +131,19 @@ def _loader(
     transform: ImageTransform | TrainTransform | None = None
     if features is None:
         transform = made.transform if recipe.augment is None else _augmented(recipe, made.transform)
-    dataset: PairDataset | VqaDataset | NlvrDataset
+    dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset
     if recipe.stage == "vqa":
         dataset = VqaDataset(rows, transform, features=features)
     elif recipe.stage == "nlvr":
         dataset = NlvrDataset(rows, transform, features=features)
+    elif recipe.stage == "instruct":
+        dataset = InstructDataset(rows, transform, features=features)
     else:
-        clean = str if recipe.stage == "clip" else clean_caption
-        dataset = PairDataset(rows, transform, features=features, clean=clean)
+        # CLIP's captions and a language model's keep their capitals and their punctuation.
+        clean = str if recipe.stage in ("clip", "blip2_stage2") else clean_caption
+        words = made.lm_tokenizer
+        kind = PrefixDataset if words is not None and words.encoder_decoder else PairDataset
+        dataset = kind(rows, transform, features=features, clean=clean)
     tokenizer, length = made.tokenizer, recipe.max_length
     match recipe.stage:
         case "caption":
@@ -316,6 +152,12 @@ def _loader(
             collate = VqaCollator(tokenizer, length)
         case "nlvr":
             collate = NlvrCollator(tokenizer, length)
+        case "blip2_stage2" | "instruct":
+            assert made.lm_tokenizer is not None
+            reads: Literal["prompt", "caption"] = "prompt" if recipe.stage == "instruct" else "caption"
+            is_read = recipe.stage == "instruct" or recipe.blip2_llm_task.stage1 is not None
+            words_of = tokenizer if is_read else None
+            collate = LmCollator(made.lm_tokenizer, recipe.prompt, 128, length, words_of, reads)
         case _:
             collate = PairCollator(tokenizer, length)
     return Loader(
@@ -349,6 +191,8 @@ def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
             return BlipTask(model, replace(recipe.task, alpha_ramp_steps=ramp, seed=recipe.train.seed))
         case "blip2_stage1":
             return Blip2Task(model, replace(recipe.blip2_task, seed=recipe.train.seed))
+        case "blip2_stage2" | "instruct":
+            return Blip2LlmTask(model, replace(recipe.blip2_llm_task, seed=recipe.train.seed))
         case "caption":
             return CaptionTask(model, label_smoothing=recipe.task.label_smoothing)
         case "vqa":

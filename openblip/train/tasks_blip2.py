@@ -78,49 +78,67 @@ class Blip2Task(Task):
 
     def forward(self, batch: Batch) -> Losses:
         """{"itc", "itm"} and, with a decoder, {"itg"}; equal weights in the paper (its table 6 leaves ITG out)."""
-        model, config = self.model, self.config
-        ids, mask = batch["input_ids"], batch["attention_mask"]
         embeds = self.image_embeds(batch)
         if self.training:
-            embeds = some_tokens(embeds, config.keep_tokens, self.draws)
-        memory = model.memory(embeds)
-        cache = Cache(model.config.qformer.num_hidden_layers) if model.config.decoder else None
-        states = model.qformer.encode_queries(memory, cache=cache)  # [B, Q, D]
+            embeds = some_tokens(embeds, self.config.keep_tokens, self.draws)
+        texts = batch["input_ids"], batch["attention_mask"]
+        return stage1_losses(self.model, embeds, *texts, batch["image_ids"], self.config, self.draws)[0]
 
-        images, texts = model.project_queries(states), model.text_features(ids, mask)
-        all_images, all_texts = distributed.all_gather(images), distributed.all_gather(texts)
-        image_ids = batch["image_ids"]
-        if config.match_ids:
-            positives = positive_pairs(image_ids, distributed.all_gather(image_ids))
-        else:
-            first = distributed.rank() * len(ids)
-            own = first + torch.arange(len(ids), device=ids.device)
-            positives = F.one_hot(own, len(all_texts)).bool()
-        image_to_text = wide(model.similarity(images, all_texts)) / model.temperature  # [B, G]
-        text_to_image = wide(model.similarity(all_images, texts)).T / model.temperature
-        targets = smoothed_targets(positives, config.label_smoothing, image_to_text.dtype)
-        itc = (soft_cross_entropy(image_to_text, targets) + soft_cross_entropy(text_to_image, targets)) / 2
 
-        losses = {"itc": itc}
-        losses["itm"] = matching_loss(
-            model, memory, embeds, ids, mask, (image_to_text, text_to_image), image_ids,
-            negatives=config.negatives, floor=config.negative_floor, generator=self.draws, pairs=config.match_pairs,
-        )  # fmt: skip
-        if cache is not None:
-            wanted, labels = labelled_positions(next_token_labels(ids, mask))
-            written = model.lm_states(cache, ids, mask)[:, :-1][wanted]
-            total = lm_loss(model.lm_logits(written), labels, smoothing=config.label_smoothing)
-            losses["itg"] = distributed.global_mean(*total)
-        return losses
+def stage1_losses(
+    model: Blip2,
+    embeds: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    image_ids: Tensor,
+    config: Blip2TaskConfig,
+    draws: torch.Generator,
+) -> tuple[Losses, Tensor]:
+    """(the losses of stage 1, the states [B, Q, D] of the queries) of embeds [B, N, D] and texts [B, L].
+
+    The image is projected once for all of them, and the query pass of ITC is also the past of ITG.
+    """
+    memory = model.memory(embeds)
+    cache = Cache(model.config.qformer.num_hidden_layers) if model.config.decoder else None
+    states = model.qformer.encode_queries(memory, cache=cache)
+
+    images, texts = model.project_queries(states), model.text_features(ids, mask)
+    all_images, all_texts = distributed.all_gather(images), distributed.all_gather(texts)
+    if config.match_ids:
+        positives = positive_pairs(image_ids, distributed.all_gather(image_ids))
+    else:
+        own = distributed.rank() * len(ids) + torch.arange(len(ids), device=ids.device)
+        positives = F.one_hot(own, len(all_texts)).bool()
+    image_to_text = wide(model.similarity(images, all_texts)) / model.temperature  # [B, G]
+    text_to_image = wide(model.similarity(all_images, texts)).T / model.temperature
+    targets = smoothed_targets(positives, config.label_smoothing, image_to_text.dtype)
+    itc = (soft_cross_entropy(image_to_text, targets) + soft_cross_entropy(text_to_image, targets)) / 2
+
+    losses = {"itc": itc}
+    losses["itm"] = matching_loss(
+        model, memory, embeds, ids, mask, (image_to_text, text_to_image), image_ids,
+        negatives=config.negatives, floor=config.negative_floor, generator=draws, pairs=config.match_pairs,
+    )  # fmt: skip
+    if cache is not None:
+        wanted, labels = labelled_positions(next_token_labels(ids, mask))
+        written = model.lm_states(cache, ids, mask)[:, :-1][wanted]
+        total = lm_loss(model.lm_logits(written), labels, smoothing=config.label_smoothing)
+        losses["itg"] = distributed.global_mean(*total)
+    return losses, states
 
 
 @dataclass
 class Blip2LlmTaskConfig:
-    """Stage 2. keep_tokens: as in stage 1. label_smoothing: of the language model's loss; the release has none."""
+    """Stage 2. keep_tokens: as in stage 1. label_smoothing: of the language model's loss; the release has none.
+
+    stage1: train the losses of stage 1 too, so that one Q-Former goes on matching while it learns to tell. Its
+        `keep_tokens` and `seed` are overruled by these.
+    """
 
     keep_tokens: float = 1.0
     label_smoothing: float = 0.0
     text_lr_scale: float = 1.0
+    stage1: Blip2TaskConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,14 +148,19 @@ class Blip2LlmTaskConfig:
 class Blip2LlmTask(Task):
     """The language model's loss on the text behind the soft prompt (BLIP-2 §3.3; InstructBLIP with instructions).
 
-    Batches hold input_ids, attention_mask, labels, see `LmTokenizer.training`, and with `qformer_text` the
-    instructions for the Q-Former: qformer_ids, qformer_mask [B, L'].
+    Batches hold input_ids, attention_mask, labels, see `LmTokenizer.training`; with `qformer_text` the instructions
+    for the Q-Former, qformer_ids and qformer_mask [B, L']; for stage 1's losses the captions in the Q-Former's
+    vocabulary, text_ids and text_mask [B, L''], and image_ids [B].
     """
 
     model: Blip2Llm
 
     def __init__(self, model: Blip2Llm, config: Blip2LlmTaskConfig) -> None:
         super().__init__()
+        if config.stage1 is not None and (model.config.qformer_text or not model.config.blip2.encoder):
+            raise ConfigError(
+                "stage1: its losses need a stage 1 with its heads, and queries without instructions"
+            )
         self.model, self.config = model, config
         self.draws = torch.Generator()
 
@@ -150,16 +173,21 @@ class Blip2LlmTask(Task):
         self.draws = _seeded_draws(self.config.seed, step, self.model.projection.weight.device)
 
     def forward(self, batch: Batch) -> Losses:
-        """{"lm": loss}."""
+        """{"lm": loss}, and those of stage 1 if they are trained too."""
         embeds = self.image_embeds(batch)
         if self.training:
             embeds = some_tokens(embeds, self.config.keep_tokens, self.draws)
-        seen = self.model.soft_prompt(embeds, batch.get("qformer_ids"), batch.get("qformer_mask"))
-        logits, labels = self.model.labelled_logits(
-            seen, batch["input_ids"], batch["attention_mask"], batch["labels"]
-        )
+        losses: Losses = {}
+        if self.config.stage1 is None:
+            seen = self.model.soft_prompt(embeds, batch.get("qformer_ids"), batch.get("qformer_mask"))
+        else:
+            texts = batch["text_ids"], batch["text_mask"], batch["image_ids"]
+            losses, states = stage1_losses(self.model.blip2, embeds, *texts, self.config.stage1, self.draws)
+            seen = self.model.projection(states)
+        ids = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        logits, labels = self.model.labelled_logits(seen, *ids)
         total = lm_loss(logits, labels, smoothing=self.config.label_smoothing)
-        return {"lm": distributed.global_mean(*total)}
+        return {**losses, "lm": distributed.global_mean(*total)}
 
 
 def some_tokens(embeds: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -26,8 +26,9 @@ from openblip.models.text import TextConfig
 from openblip.recipes import Augment, Recipe
 from openblip.train import checkpoint, log
 from openblip.train.config import TrainConfig
+from openblip.train.ingredients import prepare
 from openblip.train.loop import fit
-from openblip.train.stage import cache_features, prepare, run_stage
+from openblip.train.stage import cache_features, run_stage
 from openblip.train.tasks import BlipTask, BlipTaskConfig
 from tests.tiny_models import picture_folder, save_clip
 from tests.train import tiny

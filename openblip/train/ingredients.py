@@ -1,0 +1,224 @@
+"""What a training stage begins with: a model, fresh or loaded, and the tokenizers and transform that belong to it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from openblip.config import UserError
+from openblip.convert import parts
+from openblip.convert.lm import LmDtype, lm_folder, load_lm
+from openblip.data.collate import PairCollator, PairDataset, Rows
+from openblip.data.loader import Loader
+from openblip.data.prompts import LmTokenizer
+from openblip.data.text import Tokenizer, bert_uncased
+from openblip.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
+from openblip.hub import Pretrained, load_pretrained
+from openblip.models.blip import Blip, without_decoder, without_encoder
+from openblip.models.blip2 import Blip2, Blip2Config, without_heads
+from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from openblip.models.blip_nlvr import BlipNlvrConfig
+from openblip.models.blip_vqa import BlipVqaConfig
+from openblip.models.clip import Clip, ClipConfig
+from openblip.models.text import TextTransformer
+from openblip.models.vit import VisionTransformer
+from openblip.recipes import Recipe
+from openblip.train.start import calibrate_blip2_, calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
+
+# What a stage takes from the model it begins with.
+_HALVES = {
+    "pretrain": ("encoder", "decoder"),
+    "retrieval": ("encoder",),
+    "caption": ("decoder",),
+    "vqa": ("encoder", "decoder"),
+    "nlvr": ("encoder",),
+}
+
+
+@dataclass
+class Ingredients:
+    """A model to train, with the tokenizers and deterministic transform that belong to it.
+
+    frozen: the parts that a saved model names, see `convert.frozen`.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    transform: ImageTransform
+    frozen: dict[str, str] = field(default_factory=dict)
+    lm_tokenizer: LmTokenizer | None = None
+
+
+def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingredients:
+    """Build what the recipe describes, with the weights it begins with.
+
+    rows: what `recipe.calibrate` takes its sample from. init: a loaded model to begin with instead of
+    `recipe.init`. Random weights come from the recipe's seed.
+
+    Raises:
+        UserError: a fine-tune has nothing to begin with, or something its stage cannot use.
+    """
+    torch.manual_seed(recipe.train.seed)
+    has_start = init is not None or recipe.init is not None
+    if recipe.stage not in ("blip2_stage2", "instruct"):
+        has_start = has_start or bool(recipe.vision_init or recipe.text_init)
+    if recipe.stage not in ("clip", "pretrain", "blip2_stage1") and not has_start:
+        raise UserError(
+            f"{recipe.stage}: fine-tunes a pre-trained model, and this recipe names none; set `init` "
+            "(--init FOLDER, or a hub name)"
+        )
+    if init is None and recipe.init is not None:
+        init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
+    if recipe.stage == "clip":
+        return _clip(recipe, init)
+    if recipe.stage in ("blip2_stage2", "instruct"):
+        assert init is not None
+        return _stage2(recipe, init)
+    wanted = Blip2 if recipe.stage == "blip2_stage1" else Blip
+    fresh = _fresh_blip2 if wanted is Blip2 else _fresh_blip
+    start: Any = init.model if init is not None else fresh(recipe)
+    if not isinstance(start, wanted):
+        raise UserError(
+            f"{recipe.stage}: begins with a pre-trained {wanted.__name__}, not with a {type(start).__name__}"
+        )
+    tokenizer = init.tokenizer if init is not None and init.tokenizer is not None else bert_uncased()
+    transform = init.transform if init is not None and init.transform is not None else _transform(recipe)
+    if init is None and recipe.calibrate:
+        _calibrate_(start, recipe, rows, tokenizer, transform)
+    frozen = _named_parts(recipe) if init is None else init.frozen
+    return Ingredients(_for_stage(recipe, start), tokenizer, transform, frozen)
+
+
+def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
+    """Stage 1 and a language model become stage 2; what is stage 2 already goes on as it is."""
+    language = recipe.language
+    if language is None:
+        raise UserError(f"{recipe.stage}: the recipe names no language model; set `language`")
+    if init.tokenizer is None or init.transform is None:
+        raise UserError(f"{recipe.stage}: begins with a model that has its tokenizer and its image transform")
+    if isinstance(init.model, Blip2Llm):
+        return Ingredients(init.model, init.tokenizer, init.transform, init.frozen, init.lm_tokenizer)
+    if not isinstance(init.model, Blip2):
+        raise UserError(f"{recipe.stage}: begins with a BLIP-2, not with a {type(init.model).__name__}")
+    reads_text = recipe.stage == "instruct"
+    blip2, frozen = init.model, {f"blip2.{module}": source for module, source in init.frozen.items()}
+    if recipe.blip2_llm_task.stage1 is None:
+        blip2 = without_heads(blip2, keep_text=reads_text)
+        if not reads_text:
+            frozen.pop("blip2.qformer.word", None)
+    dtype: LmDtype = "bfloat16" if recipe.train.precision == "bf16" else "float32"
+    lm = load_lm(language.source, dtype, lora=language.lora, changes=language.changes)
+    model = Blip2Llm(Blip2LlmConfig(lm.config, blip2.config, qformer_text=reads_text), lm)
+    model.blip2 = blip2
+    family = lm.config.family or lm.config.config["model_type"]
+    words = LmTokenizer.load(lm_folder(language.source), family, encoder_decoder=lm.is_encoder_decoder)
+    return Ingredients(model, init.tokenizer, init.transform, frozen, words)
+
+
+def _named_parts(recipe: Recipe) -> dict[str, str]:
+    """The parts of a fresh BLIP-2 that stay as their packages have them, which need not be saved."""
+    found = {}
+    if isinstance(recipe.system, Blip2Config):
+        if recipe.system.freeze_vision and recipe.vision_init == "dinov2_small":
+            found["vision"] = "dinov2_small"
+        if recipe.system.qformer.freeze_words and recipe.text_init == "minilm":
+            found["qformer.word"] = "minilm_words"
+    return found
+
+
+def _calibrate_(
+    model: Blip | Blip2, recipe: Recipe, rows: Rows, tokenizer: Tokenizer, transform: ImageTransform
+) -> None:
+    """Fit the frozen tower's output and the ITC heads to a sample of the rows, drawn by the recipe's seed."""
+    dataset = PairDataset(rows, transform)
+    loader = Loader(
+        dataset, PairCollator(tokenizer, recipe.max_length), min(recipe.calibrate, len(rows)),
+        recipe.train.seed, workers=recipe.workers,
+    )  # fmt: skip
+    batch = next(loader.batches())
+    model.eval()
+    texts = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        if isinstance(model, Blip2):
+            calibrate_blip2_(model, model.encode_image(batch["pixel_values"]), *texts)
+            return
+        if recipe.model.freeze_vision and isinstance(model.vision, VisionTransformer):
+            standardise_tower_(model.vision, batch["pixel_values"])
+        calibrate_heads_(model, model.encode_image(batch["pixel_values"]), *texts)
+
+
+def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
+    """A CLIP to train: `init` as it is, or a fresh one with the recipe's geometry and tokenizer."""
+    geometry = recipe.system
+    assert isinstance(geometry, ClipConfig)
+    transform = ImageTransform(geometry.vision.image_size, resize="crop")
+    if init is not None:
+        if not isinstance(init.model, Clip) or init.tokenizer is None:
+            raise UserError("clip: begins with a CLIP and its tokenizer, and `init` is none")
+        return Ingredients(init.model, init.tokenizer, init.transform or transform)
+    if recipe.tokenizer is None:
+        raise UserError(
+            "clip: a fresh CLIP needs a vocabulary; set the recipe's `tokenizer` to a folder with one"
+        )
+    return Ingredients(Clip(geometry), Tokenizer.load(recipe.tokenizer), transform)
+
+
+def _fresh_blip(recipe: Recipe) -> Blip:
+    """A new BLIP, with pretrained parts where the recipe names them."""
+    model = Blip(recipe.model)
+    _vision_init_(model, recipe)
+    if recipe.text_init == "minilm":
+        parts.minilm_text_(model.text_encoder)
+        parts.minilm_text_(model.text_decoder)
+    return model
+
+
+def _fresh_blip2(recipe: Recipe) -> Blip2:
+    """A new BLIP-2 of stage 1, likewise."""
+    geometry = recipe.system
+    assert isinstance(geometry, Blip2Config)
+    model = Blip2(geometry)
+    _vision_init_(model, recipe)
+    if recipe.text_init == "minilm":
+        bert = TextTransformer(parts.minilm_text_config())
+        parts.minilm_text_(bert)
+        model.qformer.copy_text_(bert)
+    return model
+
+
+def _vision_init_(model: Blip | Blip2, recipe: Recipe) -> None:
+    """The pretrained vision tower that the recipe names, if it names one."""
+    if recipe.vision_init == "dinov2_small":
+        vision = recipe.system.vision
+        tower = parts.dinov2_small(vision.image_size, vision.num_hidden_layers)
+        model.vision.load_state_dict(tower.state_dict())
+
+
+def _transform(recipe: Recipe) -> ImageTransform:
+    """The deterministic transform of a fresh model: BLIP squashes; DINOv2 was trained with ImageNet's statistics."""
+    dino = recipe.vision_init == "dinov2_small"
+    mean, std = (parts.DINOV2_MEAN, parts.DINOV2_STD) if dino else (CLIP_MEAN, CLIP_STD)
+    return ImageTransform(recipe.system.vision.image_size, mean, std)
+
+
+def _for_stage(recipe: Recipe, start: Any) -> nn.Module:
+    """The model that the stage trains, begun with `start`."""
+    if recipe.stage == "blip2_stage1":
+        return start
+    vision, text, frozen = start.config.vision, start.config.text, start.config.freeze_vision
+    for half in ("encoder", "decoder"):
+        if half in _HALVES[recipe.stage] and not getattr(start.config, half):
+            raise UserError(f"{recipe.stage}: needs a model with its text {half}, and this one has none")
+    match recipe.stage:
+        case "pretrain":
+            return start
+        case "retrieval":
+            return without_decoder(start)
+        case "caption":
+            return without_encoder(start)
+        case "vqa":
+            return vqa_from(start, BlipVqaConfig(vision, text, frozen))[0]
+        case "nlvr":
+            return nlvr_from(start, BlipNlvrConfig(vision, text, frozen))[0]
+    raise UserError(f"no stage is called {recipe.stage!r}")
