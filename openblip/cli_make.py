@@ -88,7 +88,8 @@ def train(
         changes["warmup_lr"] = min(chosen.train.warmup_lr, changes["lr"])
     begin, words = init or chosen.init, tokenizer or chosen.tokenizer
     chosen = replace(chosen, train=replace(chosen.train, **changes), init=begin, tokenizer=words)
-    result = run_stage(chosen, open_source(str(data), split=split), out)
+    rows = open_source(str(data), split=split, require_captions=chosen.stage != "instruct")
+    result = run_stage(chosen, rows, out)
     answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
     print_answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
 

@@ -192,10 +192,14 @@ def _load_ours(
             f"{where}/config.json: model_type {card.model_type!r}; known are {', '.join(SYSTEMS)}"
         )
     settings: Any = from_dict(SYSTEMS[card.model_type][0], card.model, f"{where}/config.json: model")
-    model = empty_model(settings, image_size)
+    lm = _language_model(settings, weights)
+    model = empty_model(settings, image_size, lm)
+    report = LoadReport(where, loaded=sorted(weights))
+    if lm is not None:
+        weights |= {f"lm.{name}": value for name, value in lm.state_dict().items() if not is_adapter(name)}
+        report.notes.append(f"lm comes from {lm.config.source}, as in training")
     groups = tied_in(model, weights)
     merge_tied_(weights, groups, where)
-    report = LoadReport(where, loaded=sorted(weights))
     bring_in_(weights, card.frozen, settings, where)
     sources: dict[str, str] = {module: part.source for module, part in card.frozen.items()}
     report.notes += [f"{module} comes from {source}, as in training" for module, source in sources.items()]

@@ -204,7 +204,7 @@ def blip2_stage1_small() -> Recipe:
         freeze_words=True,
     )  # fmt: skip
     train = TrainConfig(
-        max_steps=3000, batch_size=64, lr=1e-3, min_lr=2e-5, warmup_steps=100, betas=(0.9, 0.98),
+        max_steps=2500, batch_size=64, lr=1e-3, min_lr=2e-5, warmup_steps=100, betas=(0.9, 0.98),
         precision="bf16", log_every=20, save_every=100,
     )  # fmt: skip
     task = Blip2TaskConfig(

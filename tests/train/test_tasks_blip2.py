@@ -18,8 +18,9 @@ from torch import Tensor
 from openblip.config import ConfigError
 from openblip.models.generation import GenerationConfig
 from openblip.train import distributed, log, matching
+from openblip.train.checkpoint import CheckpointError
 from openblip.train.loop import fit
-from openblip.train.tasks_blip2 import Blip2Task, Blip2TaskConfig
+from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2LlmTaskConfig, Blip2Task, Blip2TaskConfig
 from tests.train import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,134 @@ def test_stage1_in_two_parts_is_bitwise_stage1_in_one(tmp_path):
         one, two = (load_file(result.checkpoint / f"{file}.safetensors") for result in (whole, parts))
         assert one.keys() == two.keys()
         assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+# --- stage 2 and InstructBLIP ------------------------------------------------------------------------------
+
+
+def stage2(**changes) -> Blip2LlmTask:
+    torch.manual_seed(0)
+    kind = {name: changes.pop(name, False) for name in ("instruct", "lora")}
+    model = tiny.blip2_llm(heads="stage1" in changes, **kind)
+    tiny.stir_(model.blip2)
+    return Blip2LlmTask(model, Blip2LlmTaskConfig(**changes))
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_the_loss_is_that_of_the_language_model_row_by_row(instruct):
+    """Transformers' own forward, fed the soft prompt and one row's real tokens."""
+    task, batch = stage2(instruct=instruct).double().eval(), tiny.doubled(tiny.asked(4))
+    if not instruct:
+        del batch["qformer_ids"], batch["qformer_mask"]
+    model, losses = task.model, []
+    for row in range(4):
+        embeds = model.encode_image(batch["pixel_values"][row, None])
+        real = int(batch["text_mask"][row].sum())
+        given = (batch["qformer_ids"][row, None, :real],) if instruct else ()
+        soft = model.soft_prompt(embeds, *given)
+        ids = batch["input_ids"][row, None, : int(batch["attention_mask"][row].sum())]
+        inputs = torch.cat([soft, model.lm.embed(ids)], dim=1)
+        logits = model.lm.model(inputs_embeds=inputs).logits[0, soft.shape[1] :].double()
+        losses.append(F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none"))
+    torch.testing.assert_close(task(batch)["lm"], torch.cat(losses).mean(), atol=1e-9, rtol=0)
+
+
+def test_stage1_beside_stage2_is_both(monkeypatch):
+    """The losses of the two tasks alone, from one query pass."""
+    both = stage2(stage1=Blip2TaskConfig(match_ids=True)).double()
+    batch = tiny.doubled(tiny.told(4))
+    memories, memory = [], type(both.model.blip2).memory
+    monkeypatch.setattr(
+        type(both.model.blip2), "memory", lambda self, x: memories.append(1) or memory(self, x)
+    )
+    both.begin_step(2)
+    found = both(batch)
+    assert len(memories) == 1
+    first = Blip2Task(both.model.blip2, Blip2TaskConfig(match_ids=True))
+    first.begin_step(2)
+    texts = {"input_ids": batch["text_ids"], "attention_mask": batch["text_mask"]}
+    wanted = first({**batch, **texts}) | Blip2LlmTask(both.model, Blip2LlmTaskConfig())(batch)
+    assert found.keys() == {"itc", "itm", "itg", "lm"}
+    for name, loss in wanted.items():
+        assert loss.item() == pytest.approx(found[name].item(), abs=1e-10)
+
+
+def test_stage1_beside_stage2_needs_its_heads():
+    with pytest.raises(ConfigError, match="stage1: its losses need a stage 1 with its heads"):
+        Blip2LlmTask(tiny.blip2_llm(), Blip2LlmTaskConfig(stage1=Blip2TaskConfig()))
+
+
+def test_the_language_model_stays_what_it_was():
+    task = stage2().train()
+    before = {name: value.clone() for name, value in task.model.lm.state_dict().items()}
+    tiny.trained(task, tiny.told(4), 3)
+    assert not any(module.training for module in task.model.lm.model.modules())
+    after = task.model.lm.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert task.model.projection.weight.grad.abs().sum() > 0
+
+
+def written(task: Blip2LlmTask, batch: dict, **options) -> list[list[int]]:
+    """What the model writes after the prompts, up to the end token."""
+    model = task.model.eval()
+    with torch.no_grad():
+        embeds = model.encode_image(batch["pixel_values"])
+        given = (batch["qformer_ids"], batch["qformer_mask"]) if model.config.qformer_text else ()
+        soft = model.soft_prompt(embeds, *given)
+        config = GenerationConfig(max_new_tokens=8, **options)
+        found = model.generate(soft, batch["input_ids"][:, :1], config=config)
+    return [
+        row[:length] for row, length in zip(found.sequences.tolist(), found.lengths.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_stage2_learns_eight_texts_by_heart(instruct):
+    """With adapters and a loud output layer: a language model of random weights cannot be sure of anything."""
+    torch.manual_seed(2)
+    batch = tiny.asked() if instruct else tiny.told()
+    task = stage2(instruct=instruct, lora=True)
+    task.model.lm.model.lm_head.weight.data *= 5
+    assert tiny.trained(task, batch, 250, lr=5e-3)["lm"] < 0.05
+    wanted = [[token for token in row if token >= 0] for row in batch["labels"].tolist()]
+    assert written(task, batch) == wanted and written(task, batch, num_beams=3) == wanted
+
+
+@pytest.mark.parametrize("name", ["stage2", "instruct"])
+def test_stage2_in_two_parts_is_bitwise_stage2_in_one(name, tmp_path):
+    made = tiny.asked if name == "instruct" else tiny.told
+
+    def run(seed: int, steps: int, folder: str):
+        torch.manual_seed(seed)
+        model = tiny.blip2_llm(instruct=name == "instruct", heads=name == "stage2", dropout=0.1)
+        model.vision.load_state_dict(tower)
+        config = Blip2LlmTaskConfig(keep_tokens=0.7, stage1=Blip2TaskConfig() if name == "stage2" else None)
+        return fit(Blip2LlmTask(model, config), tiny.Batches(made), tiny.settings(steps), tmp_path / folder)
+
+    tower = tiny.blip2().vision.state_dict()
+    whole = run(0, 4, "whole")
+    run(0, 2, "parts")
+    parts = run(1, 4, "parts")
+    for file in ("model", "optimizer", "rng"):
+        one, two = (load_file(result.checkpoint / f"{file}.safetensors") for result in (whole, parts))
+        assert one.keys() == two.keys()
+        assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    kept = load_file(whole.checkpoint / "model.safetensors")
+    assert kept.keys() and not any("lm.model" in key or ".vision." in key for key in kept)
+
+
+def test_a_checkpoint_is_as_large_as_what_is_trained_and_wants_its_language_model(tmp_path):
+    def run(lm: str, steps: int):
+        torch.manual_seed(0)
+        task = Blip2LlmTask(tiny.blip2_llm(lm), Blip2LlmTaskConfig())
+        return task, fit(task, tiny.Batches(tiny.told), tiny.settings(steps), tmp_path)
+
+    task, result = run("llama", 1)
+    trained = sum(value.numel() * value.element_size() for value in task.parameters() if value.requires_grad)
+    tensors = load_file(result.checkpoint / "model.safetensors")
+    assert sum(value.numel() * value.element_size() for value in tensors.values()) <= 1.05 * trained
+    with pytest.raises(CheckpointError, match="trained with other frozen weights"):
+        run("qwen2", 2)
 
 
 def shared_task() -> Blip2Task:

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from openblip.models.blip import Blip, BlipConfig
-from openblip.models.blip2 import Blip2, Blip2Config
+from openblip.models.blip2 import Blip2, Blip2Config, without_heads
+from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
+from openblip.models.lm import LoraSettings
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 from openblip.train import distributed
 from openblip.train.config import TrainConfig
 from openblip.train.tasks import Task
+from tests.models.tiny_lms import EOS, PAD, VOCAB, tiny_lm
 
 CLS, SEP, DEC, ENC = 1, 2, 3, 4
 WORDS = 30  # ids 5 to 34
@@ -55,6 +58,29 @@ def blip2(*, dropout: float = 0.0, decoder: bool = True, **changes: Any) -> Blip
     return Blip2(Blip2Config(vision(), qformer, projection_dim=16, decoder=decoder))
 
 
+ADAPTERS = LoraSettings(
+    rank=8, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+)
+
+
+def blip2_llm(
+    lm: str = "llama",
+    *,
+    instruct: bool = False,
+    heads: bool = False,
+    dropout: float = 0.0,
+    lora: bool = False,
+) -> Blip2Llm:
+    """Stage 2 around a random language model, the same one each time."""
+    stage1 = blip2(dropout=dropout)
+    if not heads:
+        stage1 = without_heads(stage1, keep_text=instruct)
+    language = tiny_lm(lm, lora=ADAPTERS if lora else None).float()
+    model = Blip2Llm(Blip2LlmConfig(language.config, stage1.config, qformer_text=instruct), language)
+    model.blip2 = stage1
+    return model
+
+
 def clip() -> Clip:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     words = ClipTextConfig(vocab_size=5 + WORDS, max_position_embeddings=16, eos_token_id=SEP, **sizes)
@@ -92,6 +118,32 @@ def pairs(rows: int = 8, seed: int = 0) -> dict[str, Any]:
         "image_ids": 100 * seed + torch.arange(rows),
         "ids": [f"{seed}/{row}" for row in range(rows)],
     }
+
+
+def told(rows: int = 8, seed: int = 0) -> dict[str, Any]:
+    """For stage 2: a prompt of one word, and a text of words of the tiny language models that ends as theirs do."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [2 + (row + seed) % 4 for row in range(rows)]
+    ids = torch.full((rows, 2 + max(lengths)), PAD)
+    labels = torch.full_like(ids, -100)
+    for row, length in enumerate(lengths):
+        ids[row, 0] = 5
+        ids[row, 1 : length + 1] = torch.randint(6, VOCAB - 12, (length,), generator=generator)
+        ids[row, length + 1] = EOS
+        labels[row, 1 : length + 2] = ids[row, 1 : length + 2]
+    batch = pairs(rows, seed)
+    return {
+        **batch,
+        **{"text_ids": batch["input_ids"], "text_mask": batch["attention_mask"]},
+        **{"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels},
+    }
+
+
+def asked(rows: int = 8, seed: int = 0) -> dict[str, Any]:
+    """For InstructBLIP: all pictures alike, so that the instruction, which the Q-Former alone reads, must tell."""
+    batch = told(rows, seed)
+    batch["pixel_values"] = batch["pixel_values"][:1].repeat(rows, 1, 1, 1)
+    return {**batch, "qformer_ids": batch["text_ids"], "qformer_mask": batch["text_mask"]}
 
 
 def prompted(rows: int = 8, seed: int = 0) -> dict[str, Any]:

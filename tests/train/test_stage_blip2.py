@@ -1,0 +1,172 @@
+"""BLIP-2 from a folder of pictures to a model that talks: stage 1, stage 2 on it, instructions; saved and loaded."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from openblip.config import UserError
+from openblip.convert.weights import WeightsError
+from openblip.data.sources import open_source
+from openblip.hub import load_pretrained
+from openblip.models.blip2 import Blip2, Blip2Config
+from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.qformer import QFormerConfig
+from openblip.recipes import Language, Recipe
+from openblip.train import log
+from openblip.train.config import TrainConfig
+from openblip.train.ingredients import prepare
+from openblip.train.stage import run_stage
+from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
+from tests.data.test_prompts import byte_level
+from tests.models.tiny_lms import CONFIGS, tiny_lm
+from tests.tiny_models import picture_folder
+from tests.train import tiny
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Drawing takes longer than the training here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "draw_curves", lambda metrics, picture: picture.write_bytes(b"curves"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    picture_folder(folder, 8)
+    return open_source(folder, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+def save_lm(folder: Path, name: str = "llama") -> Path:
+    """A random language model and a tokenizer of bytes, as transformers keeps them."""
+    tokenizer = byte_level()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, name, {**CONFIGS[name], "vocab_size": len(tokenizer)})
+        lm = tiny_lm(name).float()
+    lm.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    return save_lm(tmp_path_factory.mktemp("lm"))
+
+
+def recipe(stage: str = "blip2_stage1", **changes) -> Recipe:
+    text = QFormerConfig(30524, **SIZES, max_position_embeddings=40, num_query_tokens=3, freeze_words=True)
+    train = TrainConfig(max_steps=2, batch_size=4, lr=1e-3, schedule="constant", log_every=1, save_every=None)
+    settings = {
+        "blip2": Blip2Config(tiny.vision(**SIZES), text, projection_dim=8),
+        "workers": 0,
+        "augment": None,
+    }
+    return Recipe(stage, train, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def stage1(rows, tmp_path_factory):
+    return run_stage(recipe(calibrate=6), rows, tmp_path_factory.mktemp("stage1")).folder
+
+
+def stage2(language: Path, stage1: Path, **changes) -> Recipe:
+    return recipe(
+        "blip2_stage2", init=str(stage1), language=Language(str(language)), prompt="a photo of", **changes
+    )
+
+
+def test_stage1_uses_cached_features_and_can_be_loaded(stage1, rows):
+    assert (stage1.parent / "features" / "features.bin").is_file()
+    found = load_pretrained(stage1)
+    assert isinstance(found.model, Blip2) and found.info["stage"] == "blip2_stage1"
+    assert found.tokenizer is not None and found.transform.image_size == 16
+
+
+def test_calibration_centres_what_the_heads_see(rows):
+    made = prepare(recipe(calibrate=8), rows)
+    pixels = torch.stack([made.transform(picture(row)) for row in rows])
+    with torch.no_grad():
+        model = made.model.eval()
+        seen = model.ln_vision(model.encode_image(pixels)).flatten(0, 1)
+        assert seen.mean(dim=0).abs().max() < 1e-4
+        assert (seen.std(dim=0) - 1).abs().max() < 1e-3
+        states = model.qformer.encode_queries(model.memory(model.encode_image(pixels))).flatten(0, 1)
+        assert model.vision_proj(states).mean(dim=0).abs().max() < 1e-4
+
+
+def picture(row):
+    from openblip.data.image import open_image
+
+    return open_image(row.image)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_stage2_stands_on_stage1_and_names_its_language_model(keeps, stage1, language, rows, tmp_path):
+    task = Blip2LlmTaskConfig(stage1=Blip2TaskConfig(match_ids=True) if keeps else None)
+    done = run_stage(stage2(language, stage1, blip2_llm_task=task), rows, tmp_path)
+    assert done.fit.losses.keys() == ({"itc", "itm", "itg", "lm"} if keeps else {"lm"})
+    saved = load_file(done.folder / "model.safetensors")
+    assert not any(name.startswith("lm.") for name in saved)
+    assert any("itm_head" in name for name in saved) == keeps
+    card = json.loads((done.folder / "config.json").read_text())
+    assert card["model"]["lm"]["source"] == str(language) and len(card["model"]["lm"]["sha256"]) == 64
+    found = load_pretrained(done.folder)
+    assert isinstance(found.model, Blip2Llm) and found.info["prompt"] == "a photo of"
+    assert found.lm_tokenizer.decode(found.lm_tokenizer.encode("a dog")) == "a dog"
+    first = load_pretrained(stage1).model
+    name = "qformer.query_tokens"
+    moved = (found.model.blip2.state_dict()[name] - first.state_dict()[name]).abs().max()
+    assert 0 < moved < 0.1, "it began with stage 1 and went on"
+    again = run_stage(stage2(language, done.folder), rows, tmp_path / "again")
+    assert again.fit.step == 2, "and stage 2 may go on from stage 2"
+
+
+def test_another_language_model_is_refused(stage1, language, rows, tmp_path):
+    folder = run_stage(stage2(language, stage1), rows, tmp_path / "run").folder
+    other = tmp_path / "other"
+    save_lm(other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["lm"]["source"] = str(other)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="another language model than the one this was trained with"):
+        load_pretrained(folder)
+
+
+def test_instructions_from_rows_to_a_model(stage1, language, rows, tmp_path):
+    folder = tmp_path / "asked"
+    picture_folder(folder, 8)
+    lines = [
+        {"file_name": f"images/{path.name}", "instruction": "What is this?", "output": [path.stem, "a thing"]}
+        for path in sorted(folder.glob("images/*.png"))
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = open_source(folder, cache_dir=tmp_path / "cache", require_captions=False)
+    chosen = recipe("instruct", init=str(stage1), language=Language(str(language)))
+    found = load_pretrained(run_stage(chosen, asked, tmp_path / "run").folder)
+    assert found.model.config.qformer_text and found.model.blip2.qformer.config.text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"init": None}, "fine-tunes a pre-trained model"), ({"language": None}, "names no language model")],
+)
+def test_what_stage2_lacks_is_named(changes, message, stage1, language, rows):
+    with pytest.raises(UserError, match=message):
+        prepare(replace(stage2(language, stage1), **changes), rows)
+
+
+def test_stage2_on_another_system_is_refused(stage1, language, rows):
+    init = load_pretrained(stage1)
+    init.model = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match="begins with a BLIP-2, not with a Linear"):
+        prepare(stage2(language, stage1), rows, init)
