@@ -52,6 +52,7 @@ def train(
     split: str | None = None,
     init: str | None = None,
     tokenizer: str | None = None,
+    features: Path | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
@@ -67,6 +68,7 @@ def train(
         split: of the data.
         init: model folder or hub name to begin with; a fine-tune needs one.
         tokenizer: folder with a vocabulary, for a CLIP that begins with nothing.
+        features: folder for what a frozen vision tower makes of the pictures; stages on the same pictures share it.
         steps: optimizer steps, instead of the recipe's.
         batch_size: pairs per step, instead of the recipe's.
         lr: learning rate, instead of the recipe's.
@@ -89,7 +91,7 @@ def train(
     begin, words = init or chosen.init, tokenizer or chosen.tokenizer
     chosen = replace(chosen, train=replace(chosen.train, **changes), init=begin, tokenizer=words)
     rows = open_source(str(data), split=split, require_captions=chosen.stage != "instruct")
-    result = run_stage(chosen, rows, out)
+    result = run_stage(chosen, rows, out, features=features)
     answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
     print_answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
 

@@ -57,6 +57,11 @@ class Blip2LlmConfig:
         return self.blip2.vision
 
     @property
+    def freeze_vision(self) -> bool:
+        """Whether the tower stays as it is."""
+        return self.blip2.freeze_vision
+
+    @property
     def text(self) -> QFormerConfig | None:
         """What the Q-Former's tokenizer must agree with, if it reads text."""
         return self.blip2.qformer if self.blip2.qformer.text else None

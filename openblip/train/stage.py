@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openblip.config import to_dict
+from openblip.config import UserError, to_dict
 from openblip.data.collate import (
     CaptionCollator,
     NlvrCollator,
@@ -52,14 +52,18 @@ def run_stage(
     run_dir: str | Path,
     *,
     init: Pretrained | None = None,
-    features: FeatureCache | None = None,
+    features: FeatureCache | str | Path | None = None,
     evaluate: Evaluate | None = None,
     info: dict[str, Any] | None = None,
 ) -> StageResult:
     """Train one stage on `rows` and save the model in `run_dir`/model; an interrupted run goes on where it was.
 
-    features: what the (frozen) vision tower made of the pictures; made in `run_dir`/features when the tower
-        is frozen and nothing is augmented. evaluate: see `loop.fit`. info: for the model card.
+    features: what the frozen vision tower makes of the pictures, or a folder to keep it in, which stages on the same
+        pictures can share; `run_dir`/features if none is given, the tower is frozen, and nothing is augmented.
+    evaluate: see `loop.fit`. info: for the model card.
+
+    Raises:
+        UserError: a folder for features, and a tower that is trained or pictures that are augmented.
     """
     run_dir = Path(run_dir)
     device = distributed.init_from_env()
@@ -67,9 +71,15 @@ def run_stage(
     made.model.to(device)
     run_dir.mkdir(parents=True, exist_ok=True)
     listed = run_dir / "bad_rows.jsonl"
-    if features is None and getattr(made.model.config, "freeze_vision", False) and recipe.augment is None:
-        folder = run_dir / "features"
+    is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
+    if features is not None and not is_fixed:
+        raise UserError(
+            "features: only a frozen tower, shown pictures without augmentation, always makes the same"
+        )
+    if is_fixed and not isinstance(features, FeatureCache):
+        folder = run_dir / "features" if features is None else Path(features)
         features = cache_features(made, rows, folder, workers=recipe.workers, bad=BadRows(listed))
+    assert features is None or isinstance(features, FeatureCache)
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
