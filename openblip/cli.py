@@ -27,9 +27,9 @@ def caption(
     images: Paths,
     model: str,
     prompt: str | None = None,
-    num_beams: int = 3,
-    max_new_tokens: int = 20,
-    min_new_tokens: int = 0,
+    num_beams: int | None = None,
+    max_new_tokens: int | None = None,
+    min_new_tokens: int | None = None,
     do_sample: bool = False,
     top_p: float = 0.9,
     seed: int | None = None,
@@ -41,8 +41,8 @@ def caption(
         images: picture files.
         model: a captioning model (folder or hub name).
         prompt: words the caption begins with.
-        num_beams: of beam search; ignored when sampling.
-        max_new_tokens: longest caption.
+        num_beams: of beam search; ignored when sampling. By default the papers': 3, or 5 for a language model.
+        max_new_tokens: longest caption; by default 20, or 30 for a language model.
         min_new_tokens: shortest caption.
         do_sample: nucleus sampling instead of beam search.
         top_p: of nucleus sampling.
@@ -53,8 +53,9 @@ def caption(
 
     if not images:
         raise UserError("caption: no image given")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-    options |= {"do_sample": True, "top_p": top_p, "seed": seed} if do_sample else {"num_beams": num_beams}
+    options = _given(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+    sampling = {"do_sample": True, "top_p": top_p, "seed": seed}
+    options |= sampling if do_sample else _given(num_beams=num_beams)
     written = load(model).caption(list(images), prompt, **options)
     answer = {str(image): text for image, text in zip(images, written, strict=True)}
     print_answer(answer, json, lambda: "\n".join(f"{image}: {text}" for image, text in answer.items()))
@@ -88,6 +89,7 @@ def vqa(
     question: Question,
     model: str,
     answers: tuple[str, ...] = (),
+    prompt: str | None = None,
     json: bool = False,
 ) -> None:
     """Answer a question about an image.
@@ -95,13 +97,14 @@ def vqa(
     Args:
         image: a picture file.
         question: what to ask.
-        model: a VQA model (folder or hub name).
+        model: a VQA model, or one with a language model (folder or hub name).
         answers: choose among these instead of answering freely.
+        prompt: how a language model is asked, with {} for the question; "Question: {} Short answer:" by default.
         json: print {question, answer} as JSON.
     """
     from openblip.api import load
 
-    said = load(model).answer(image, question, answers=list(answers) or None)
+    said = load(model).answer(image, question, answers=list(answers) or None, **_given(prompt=prompt))
     print_answer({"question": question, "answer": said}, json, lambda: str(said))
 
 
@@ -123,14 +126,14 @@ def search(
     from openblip.api import load
     from openblip.data.rows import BadRows
     from openblip.data.sources import open_source
-    from openblip.search.scan import can_rerank, scan
+    from openblip.search.scan import scan
 
     bad = BadRows()
     source = open_source(str(data), split=split, require_captions=False)
     pipeline = load(model)
     found = scan(pipeline, source, query, top=top, rerank=rerank, bad=bad)
     print_answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
-    if rerank and not can_rerank(pipeline):
+    if rerank and not pipeline.can_match:
         print("this model has no ITM head: ranked by cosine alone", file=sys.stderr)
     if bad.total:
         print(f"{bad.total} rows could not be read: {dict(bad.counts)}", file=sys.stderr)
@@ -142,7 +145,8 @@ def eval(
     model: str,
     split: str | None = None,
     k: int = 128,
-    num_beams: int = 3,
+    num_beams: int | None = None,
+    prompt: str | None = None,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -154,7 +158,8 @@ def eval(
         model: folder or hub name.
         split: of the data.
         k: candidates that the ITM head reranks, for each image and each text.
-        num_beams: of beam search.
+        num_beams: of beam search; by default the papers': 3, or 5 for a language model.
+        prompt: what captions begin with, or how a language model is asked (see caption and vqa).
         out: a file for the figures, with the model and the data they belong to.
         json: print the figures as JSON.
     """
@@ -165,11 +170,12 @@ def eval(
     pipeline, rows = load(model), list(open_source(str(data), split=split))
     if task == "retrieval":
         figures = benchmarks.retrieval(pipeline, rows, k=k)
-    elif task == "caption":
-        figures = benchmarks.captioning(pipeline, rows, num_beams=num_beams)
     else:
-        figures = benchmarks.vqa(pipeline, rows, num_beams=num_beams)
+        protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
+        num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
+        figures = protocol(pipeline, rows, num_beams=num_beams, **_given(prompt=prompt))
     record = {"task": task, "model": model, "data": str(data), "split": split, "k": k, "num_beams": num_beams}
+    record |= _given(prompt=prompt)
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
     print_answer(
@@ -210,6 +216,11 @@ def info(what: What = "", json: bool = False) -> None:
         source = open_source(what)
         found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
     print_answer(found, json, lambda: _lines(found))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given: for the others, the model has a default."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> str:

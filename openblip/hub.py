@@ -132,7 +132,7 @@ def save_pretrained(
             tokenizer.save(part)
         if lm_tokenizer is not None and lm is not None and lm.source is None:
             lm_tokenizer.save(part / "lm_tokenizer")
-        page = model_card(model, kind, Path(folder).resolve().name, __version__, card.info)
+        page = model_card(model, kind, Path(folder).resolve().name, __version__, card.info, frozen)
         (part / "README.md").write_text(page, encoding="utf-8")
 
     publish(Path(folder), _is_ours, write)
@@ -220,7 +220,12 @@ def _language_model(settings: Any, weights: Mapping[str, Tensor]) -> LanguageMod
     if lm is None or lm.source is None:
         return None
     half = any(value.dtype is torch.bfloat16 for value in weights.values())
-    return load_lm(lm.source, "bfloat16" if half else "float32", sha256=lm.sha256, lora=lm.lora)
+    changes = {name: value for name, value in lm.config.items() if name != "model_type"}
+    found = load_lm(
+        lm.source, "bfloat16" if half else "float32", sha256=lm.sha256, lora=lm.lora, changes=changes
+    )
+    found.config.family = lm.family
+    return found
 
 
 def _lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
@@ -292,6 +297,7 @@ def push_to_hub(
     files = [
         "config.json",
         "tokenizer.json",
+        "lm_tokenizer/*",
         "README.md",
         "model*.safetensors",
         "model*.safetensors.index.json",

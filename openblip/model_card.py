@@ -1,6 +1,7 @@
 """The README.md of a saved model: what it is, how to load it, what it was trained on, its figures."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 _CARD = """---
@@ -20,7 +21,7 @@ model = openblip.load("path/to/this/folder")
 {example}
 ```
 
-## Trained on
+{frozen}## Trained on
 
 {trained_on}
 """
@@ -29,34 +30,33 @@ _MATCHING = (
     "says how well a text fits an image and embeds both for search",
     'model.match("a.jpg", "a dog on a beach")',
 )
+_CAPTIONS = ("captions images", 'model.caption("a.jpg")')
+_ANSWERS = ("answers questions about them", 'model.answer("a.jpg", "what is the dog doing?")')
 _USES = {  # what it is for, and a line of code
-    "captioner": ("captions images", 'model.caption("a.jpg")'),
-    "retrieval": _MATCHING,
-    "blip": (f"captions images, {_MATCHING[0]}", f'model.caption("a.jpg")\n{_MATCHING[1]}'),
     "blip_vqa": ("answers questions about images", 'model.answer("a.jpg", "what is the dog doing?")'),
-    "blip2": (f"captions images, {_MATCHING[0]}", f'model.caption("a.jpg")\n{_MATCHING[1]}'),
-    "blip2_llm": (
-        "captions images and answers questions about them",
-        'model.answer("a.jpg", "what is the dog doing?")',
-    ),
     "blip_nlvr": ("says whether a sentence is true of two images", "model.model  # the BlipNlvr"),
     "clip": ("embeds images and texts for search", 'model.embed_images("a.jpg")'),
     "vit": ("turns an image into tokens", "model.model  # the VisionTransformer"),
 }
 
 
-def model_card(model: Any, kind: str, name: str, version: str, info: dict[str, Any]) -> str:
-    """README.md of the model `name`, of a `kind` that `convert.weights.SYSTEMS` lists; `info` as `save_pretrained`
-    takes it.
+def model_card(
+    model: Any,
+    kind: str,
+    name: str,
+    version: str,
+    info: dict[str, Any],
+    frozen: Mapping[str, str] | None = None,
+) -> str:
+    """README.md of the model `name`, of a `kind` that `convert.weights.SYSTEMS` lists; `info` and `frozen` as
+    `save_pretrained` takes them.
     """
-    config, system = model.config, kind
-    if kind == "blip" and not (config.encoder and config.decoder):
-        kind = "retrieval" if config.encoder else "captioner"
-    use, example = _USES[kind]
+    config = model.config
+    use, example = _use(config, kind)
     info = dict(info)
     trained_on, metrics = info.pop("trained_on", "Not stated."), info.pop("metrics", {})
     text = _CARD.format(
-        kind=system,
+        kind=kind,
         name=name,
         use=use,
         cls=type(model).__name__,
@@ -65,6 +65,7 @@ def model_card(model: Any, kind: str, name: str, version: str, info: dict[str, A
         version=version,
         example=example,
         trained_on=trained_on,
+        frozen=_frozen(config, frozen or {}),
     )
     if metrics:
         rows = [
@@ -76,3 +77,36 @@ def model_card(model: Any, kind: str, name: str, version: str, info: dict[str, A
         rows = [f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in info.items()]
         text += "\n".join(["\n## More\n", *rows, ""])
     return text
+
+
+def _use(config: Any, kind: str) -> tuple[str, str]:
+    """What a model is for, by the parts it has, and code that shows it."""
+    if kind in _USES:
+        return _USES[kind]
+    has_lm = kind == "blip2_llm"
+    stage1 = config.blip2 if has_lm else config
+    able = [_CAPTIONS] if has_lm or stage1.decoder else []
+    able += [_ANSWERS] if has_lm else []
+    able += [_MATCHING] if stage1.encoder else []
+    if not able:
+        return "turns an image into query tokens for a language model", "model.model  # the Blip2"
+    uses, examples = zip(*able)
+    use = ", ".join(uses)
+    if has_lm and config.qformer_text:
+        use += "; its Q-Former reads the instruction (InstructBLIP)"
+    return use, "\n".join(examples)
+
+
+def _frozen(config: Any, named: Mapping[str, str]) -> str:
+    """The section about what was not trained and is not in this folder, or only held here."""
+    lm, stage1 = getattr(config, "lm", None), getattr(config, "blip2", config)
+    lines = [f"- {module}: {source}, not in this folder" for module, source in named.items()]
+    if getattr(stage1, "freeze_vision", False) and not any("vision" in module for module in named):
+        lines.insert(0, "- vision, the image tower")
+    if lm is not None:
+        place = (
+            f"from {lm.source} (sha256 {lm.sha256}), not in this folder" if lm.source else "in this folder"
+        )
+        adapters = "; its LoRA adapters were trained" if lm.lora is not None else ""
+        lines.append(f"- lm, the language model ({lm.config['model_type']}): {place}{adapters}")
+    return "\n".join(["## Frozen parts\n", *lines, "", ""]) if lines else ""

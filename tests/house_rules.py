@@ -52,7 +52,10 @@ IMPORTS = [
     ("convert", "config data models convert"),             # other layouts into ours and back
     ("model_card", ""),                                    # words about a model it is given
     ("hub", "config data models convert model_card"),      # a folder of weights; it trains nothing
-    ("api", f"{OPEN} picture"),                            # what a user holds trains nothing
+    ("api_arguments", OPEN),                                # what callers give, checked
+    ("api_blip", f"{OPEN} picture api_arguments"),         # what a user holds trains nothing
+    ("api_llm", f"{OPEN} api_arguments api_blip"),         # the same calls, a language model talks
+    ("api", f"{OPEN} api_arguments api_blip api_llm"),     # the right one for a model
     ("search", f"{USE} search"),                           # an index uses models, it makes none
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing

@@ -166,6 +166,12 @@ def test_a_stream_says_what_the_greedy_caption_says(blip, images):
     assert "".join(blip.caption_stream(images[0], **sampled)) == blip.caption(images[0], **sampled)
 
 
+def test_a_stream_joins_apostrophes_again(blip, images):
+    ids = blip.tokenizer(["a man's hat'"])["input_ids"][0, 1:]
+    pieces = list(blip._pieces(images[0], lambda embeds: iter(ids[:, None])))
+    assert "".join(pieces) == blip.tokenizer.decode(ids) and "a man's hat" in "".join(pieces)
+
+
 def test_a_stream_leaves_the_callers_mode_alone(blip, images):
     stream = blip.caption_stream(images[0])
     next(stream)
@@ -286,7 +292,7 @@ def test_a_users_mistake_is_one_useful_line(folders, blip, vqa, clip, images, tm
         (lambda: blip.caption(images, seeds=[1, 2], do_sample=True), "6 images but 2 seeds"),
         (lambda: list(blip.caption_stream(image, num_beams=2)), "num_beams 2: beam search cannot stream"),
         (lambda: blip.caption(tmp_path / "absent.png"), "absent.png"),
-        (lambda: load(folders["blip"], dtype="fp16"), 'dtype must be "fp32" or "bf16", not \'fp16\''),
+        (lambda: load(folders["blip"], dtype="fp16"), '"fp32", "bf16" or "int8", not \'fp16\''),
         (lambda: load(tmp_path / "absent"), "absent: no such folder"),
         (lambda: load(tmp_path), "no config.json in it"),
         (lambda: judge.caption(image), "captioning: .*Blip"),

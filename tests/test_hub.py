@@ -663,7 +663,9 @@ class Bare:
     """As much of a model as a card needs."""
 
     class config:
-        image_size, encoder, decoder = 32, True, True
+        image_size, encoder, decoder, qformer_text = 32, True, True, False
+
+    config.blip2 = config
 
     def parameters(self):
         return [torch.zeros(3)]

@@ -52,6 +52,39 @@ def save_blip2(folder: Path, seed: int = 5) -> Path:
     return folder
 
 
+def save_blip2_llm(folder: Path, lm: str = "llama", *, instruct: bool = False, heads: bool = True) -> Path:
+    """Stage 2 with a random language model of the family `lm` whose vocabulary is the bytes; it can chat.
+
+    The image and the instruction have a say in what is written. With `heads`, stage 1 is kept whole.
+    """
+    from openblip.data.prompts import LmTokenizer
+    from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+    from openblip.models.lm import LmConfig
+    from tests.data.test_prompts import CHAT, byte_level
+    from tests.models.tiny_lms import CONFIGS
+
+    encoder_decoder = lm in ("t5", "bart")
+    tokenizer = byte_level(chat=None if encoder_decoder else CHAT)
+    words = LmTokenizer(tokenizer, lm, encoder_decoder=encoder_decoder)
+    settings = {**CONFIGS[lm], "vocab_size": len(tokenizer), "max_position_embeddings": 160}
+    settings |= {"pad_token_id": words.pad_id, "eos_token_id": words.end_id}
+    settings |= {"decoder_start_token_id": words.pad_id} if encoder_decoder else {}
+    qformer = QFormerConfig(30524, 16, 2, 2, 32, dropout=0.0, num_query_tokens=3, text=heads or instruct)
+    stage1 = Blip2Config(VISION, qformer, projection_dim=8, encoder=heads, decoder=heads)
+    torch.manual_seed(6)
+    model = Blip2Llm(Blip2LlmConfig(LmConfig(settings), stage1, qformer_text=instruct))
+    for part in (model.blip2, model.projection):
+        _liven_(part)
+    save_pretrained(
+        model,
+        folder,
+        tokenizer=bert_uncased() if qformer.text else None,
+        transform=ImageTransform(image_size=32),
+        lm_tokenizer=words,
+    )
+    return folder
+
+
 def save_clip(folder: Path) -> Path:
     """Its vocabulary: the bytes, alone and at the end of a word."""
     from tokenizers.pre_tokenizers import ByteLevel

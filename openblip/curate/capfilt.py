@@ -132,9 +132,9 @@ class CapFilt:
         *,
         features: FeatureCache | None = None,
     ) -> None:
-        if not getattr(captioner.model.config, "decoder", False):
+        if not captioner.can_caption:
             raise UserError("captioner: this model has no text decoder; give a captioning model")
-        if not getattr(filter.model.config, "encoder", False):
+        if not filter.can_match:
             raise UserError("filter: this model has no ITM head; give a retrieval model")
         self.captioner, self.filter = captioner, filter
         self.config = config or CapFiltConfig()

@@ -83,7 +83,7 @@ class LmCollator:
         if self.qformer is None:
             return batch
         if self.reads == "prompt":
-            read = self.qformer(prompts, self.max_prompt)
+            read = self.qformer(prompts, self.max_prompt, keep="end")
             return {**batch, "qformer_ids": read["input_ids"], "qformer_mask": read["attention_mask"]}
         captions = [sample["caption"] if "caption" in sample else sample["text"] for sample in samples]
         read = self.qformer(captions, self.max_target)

@@ -209,9 +209,11 @@ class LmTokenizer:
                     raise UserError(
                         f"the message {_shown(message['content'])} holds the control token {token}"
                     )
-        text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        turns = [dict(message) for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template, somebody else's program, says no in whatever way it likes
+            raise UserError(f"the chat template does not take these messages: {error}") from None
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _padded(

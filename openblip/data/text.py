@@ -4,6 +4,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
 import torch
@@ -151,13 +152,19 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def __call__(
-        self, texts: Sequence[str], max_length: int | None = None, pad_to: int | None = None
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        pad_to: int | None = None,
+        *,
+        keep: Literal["start", "end"] = "start",
     ) -> dict[str, Tensor]:
         """Texts -> {"input_ids", "attention_mask"}, int64 [B, L], mask 1 for what is real.
 
         Args:
             texts: at least one text.
-            max_length: longer rows are cut, but keep their end token; by default the context, 512 or 77.
+            max_length: longer rows are cut, but keep their start and end tokens; by default the context, 512 or 77.
+            keep: of a row that is cut, its first words or its last.
             pad_to: L is the longest row of this batch, or `pad_to` if that is more.
         """
         if isinstance(texts, str):
@@ -165,7 +172,11 @@ class Tokenizer:
         max_length = self.context_length if max_length is None else max_length
         if not 2 <= max_length <= self.context_length:
             raise ValueError(f"max_length must lie between 2 and {self.context_length}, got {max_length}")
-        rows = [[self.cls_id, *ids[: max_length - 2], self.sep_id] for ids in self._encode(texts)]
+        room = max_length - 2
+        kept = [
+            ids[max(0, len(ids) - room) :] if keep == "end" else ids[:room] for ids in self._encode(texts)
+        ]
+        rows = [[self.cls_id, *ids, self.sep_id] for ids in kept]
         width = max(pad_to or 0, *map(len, rows))
         input_ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])

@@ -18,7 +18,6 @@ from openblip.data.text import clean_caption
 from openblip.eval.captions import caption_scores
 from openblip.eval.metrics import recall_at
 from openblip.eval.vqa import exact_match, vqa_accuracy
-from openblip.models.clip import Clip
 
 Embeds = Callable[[Sequence[Row]], Tensor]  # rows -> image_embeds [B, N, D]
 
@@ -54,14 +53,14 @@ def retrieval(
         raise UserError("retrieval: every row needs a caption")
     if rerank and k < 1:
         raise UserError(f"retrieval: k is at least 1, got {k}")
-    model, size = pipeline.model, pipeline.batch_size
     embeds = embeds or from_pictures(pipeline)
     text_features = torch.from_numpy(pipeline.embed_texts(texts))
+    model, size = pipeline.matcher, pipeline.batch_size
     blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
     image_features = [model.image_features(_on(pipeline, embeds(rows[b]))).float().cpu() for b in blocks]
     cosine = torch.cat([model.similarity(part, text_features) for part in image_features])  # [images, texts]
     result: dict[str, Any] = {"itc": recall_at(cosine, owner), "images": len(rows), "texts": len(texts)}
-    if not rerank or isinstance(model, Clip):
+    if not rerank or not pipeline.can_match:
         return result
 
     wanted = torch.zeros_like(cosine, dtype=torch.bool)
@@ -83,18 +82,26 @@ def retrieval(
 
 
 def captioning(
-    pipeline: Pipeline, rows: Sequence[Row], *, embeds: Embeds | None = None, **generation: Any
+    pipeline: Pipeline,
+    rows: Sequence[Row],
+    *,
+    embeds: Embeds | None = None,
+    prompt: str | None = None,
+    **generation: Any,
 ) -> dict[str, Any]:
-    """Captions against each row's own: BLEU-1…4, ROUGE-L, CIDEr-D, and the captions by row id."""
-    if not getattr(pipeline.model.config, "decoder", False):
+    """Captions against each row's own: BLEU-1…4, ROUGE-L, CIDEr-D, and the captions by row id.
+
+    prompt: as in `Pipeline.caption`. BLIP writes 3 tokens or more here (its released evaluation).
+    """
+    if not pipeline.can_caption:
         raise UserError(f"captioning: this {type(pipeline.model).__name__} model has no part for it")
-    options = {"num_beams": 3, "max_new_tokens": 20, "min_new_tokens": 3, **generation}
+    config = generation_config({"min_new_tokens": 3, **pipeline.caption_options, **generation})
     if embeds is None:
         embeds = from_pictures(pipeline)
     written: list[str] = []
     for start in range(0, len(rows), pipeline.batch_size):
         seen = _on(pipeline, embeds(rows[start : start + pipeline.batch_size]))
-        written += [texts[0] for texts in pipeline.caption_embeds(seen, None, generation_config(options))]
+        written += [texts[0] for texts in pipeline.caption_embeds(seen, prompt, config)]
     predictions = {row.id: text for row, text in zip(rows, written, strict=True)}
     scores = caption_scores(predictions, {row.id: row.captions for row in rows})
     return {**scores, "captions": predictions}

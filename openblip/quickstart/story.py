@@ -204,6 +204,6 @@ def evaluate(
     """({tr@k, ir@k, r_mean by cosine, the same after ITM rerank as `reranked`, cider}, captions by row id)."""
     embeds = from_cache(features)
     found = retrieval(model, test, k=10, embeds=embeds)
-    length = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+    length: dict[str, Any] = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     written = captioning(model, test, embeds=embeds, **length)
     return {**found["itc"], "reranked": found["itm"], "cider": written["cider"]}, written["captions"]

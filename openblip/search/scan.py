@@ -10,12 +10,6 @@ from openblip.config import UserError
 from openblip.data.image import BadImage, open_image
 from openblip.data.rows import BadRows, Row
 from openblip.data.sources import Source
-from openblip.models.clip import Clip
-
-
-def can_rerank(pipeline: Pipeline) -> bool:
-    """Whether the model has an ITM head. CLIP has none: its cosine is all there is."""
-    return not isinstance(pipeline.model, Clip)
 
 
 def scan(
@@ -57,7 +51,7 @@ def scan(
     cosine = pipeline.similarity(np.concatenate(vectors), pipeline.embed_texts([query]))[:, 0]
     order = np.argsort(-cosine, kind="stable")
     scores = cosine.copy()
-    if rerank > 0 and can_rerank(pipeline):
+    if rerank > 0 and pipeline.can_match:
         head = order[:rerank]
         found = pipeline.match([rows[i].image for i in head], query)
         scores[head] = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy() + found.cosine

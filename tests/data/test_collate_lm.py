@@ -78,6 +78,10 @@ def test_instructions_are_read_by_both():
     batch = LmCollator(LmTokenizer(byte_level()), qformer=words)([sample])
     assert words.decode(batch["qformer_ids"][0].tolist()) == "is it so? a cat flies"
     assert batch["qformer_ids"][0, 0] == words.cls_id and batch["qformer_mask"].all()
+    short = LmCollator(LmTokenizer(byte_level()), qformer=words, max_prompt=5)([sample])
+    assert words.decode(short["qformer_ids"][0]) == "a cat flies", (
+        "cut on the left, as for the language model"
+    )
 
 
 def test_one_of_several_outputs_is_drawn():

@@ -114,6 +114,10 @@ def test_rows_are_padded_to_the_longest_and_cut_before_the_end_token(bert):
     assert bert(["a dog"], max_length=30, pad_to=9)["input_ids"].shape == (1, 9)
     assert bert(["a dog"], max_length=30, pad_to=2)["input_ids"].shape == (1, 4)
     assert bert([""], max_length=30)["input_ids"].tolist() == [[101, 102]]
+    last = bert(["a dog", "a very small dog on a very large sofa", "a"], max_length=6, keep="end")
+    shown = [bert.decode(row) for row in last["input_ids"]]
+    assert shown == ["a dog", "a very large sofa", "a"] and last["input_ids"].shape == (3, 6)
+    assert bert(["a dog"], max_length=2, keep="end")["input_ids"].tolist() == [[101, 102]]
 
 
 def test_clip_fills_its_context_and_pools_at_the_first_end(clip):

@@ -9,7 +9,7 @@ from openblip.api import load
 from openblip.config import UserError
 from openblip.data.rows import BadRows
 from openblip.data.sources import open_source
-from openblip.search.scan import can_rerank, scan
+from openblip.search.scan import scan
 from tests.curate.made import tiny_blip
 from tests.tiny_models import picture_folder, save_clip
 
@@ -59,7 +59,7 @@ def test_the_itm_head_changes_the_order_of_the_head_alone(pipeline, source):
 
 def test_clip_has_no_itm_head_and_ranks_by_cosine(source, tmp_path):
     clip = load(save_clip(tmp_path / "clip"))
-    assert can_rerank(tiny_blip(5)) and not can_rerank(clip)
+    assert tiny_blip(5).can_match and not clip.can_match
     found = scan(clip, source, QUERY, top=20, rerank=4)
     assert found == scan(clip, source, QUERY, top=20, rerank=0) and len(found) == 10
     cosine = clip.embed_images([row.image for row in source]) @ clip.embed_texts(QUERY)
