@@ -6,8 +6,8 @@ The folder holds pictures with several human captions each and a `train` and a `
 training pictures 1,000 count as human-labelled; 5,000 others keep one caption each, as the web has it, and half of
 them get another picture's, planted here. One model is pre-trained on the noisy whole; captioner and filter are
 fine-tuned from it; the four data sets are made from the same scored texts, and a model is pre-trained from the same
-start on each. About two hours on two CPU cores; interrupted, the same call goes on. Writes results.json and
-texts.jsonl, and prints the table.
+start on each. About two hours on two CPU cores; interrupted, the same call goes on. Writes results.json,
+texts.jsonl and curves.png, and prints the table.
 """
 
 import json
@@ -115,6 +115,29 @@ def main(config: Config) -> None:
         figures = results[name]
         print(f"{name:12} mean recall {figures['r_mean']:.3f}  CIDEr-D {figures['cider']:.3f}", flush=True)
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    draw_curves({name: folder.parent for name, folder in models.items()}, config.out / "curves.png")
+
+
+def draw_curves(runs: dict[str, Path], picture: Path) -> None:
+    """The losses of each pre-training, one line per data set: how hard a data set is to learn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6))
+    for name, run in runs.items():
+        lines = [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        lines = [line for line in lines if "losses" in line]
+        for panel, loss in zip(panels, ("itc", "itm", "lm"), strict=True):
+            panel.plot([line["step"] for line in lines], [line["losses"][loss] for line in lines], label=name)
+            panel.set(title=loss, xlabel="step")
+    panels[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
 
 
 def scored_texts(
