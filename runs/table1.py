@@ -102,17 +102,21 @@ def main(config: Config) -> None:
         "captioner": [True] * len(texts),
         "both": matching,
     }
-    results: dict = {"filter": judge_filter(texts, right, config.threshold), "seed": config.seed}
-    print(json.dumps(results["filter"]), flush=True)
+    results: dict = {
+        "seed": config.seed,
+        "noise_found": judge_filter(texts, right, config.threshold),
+        "models": {},
+    }
+    print(json.dumps(results["noise_found"]), flush=True)
     for name, keep in kept.items():
         models[name] = train(f"cleaned-{name}", recipe, [*bootstrap(web, texts, keep), *human], start)
 
     for name, folder in models.items():
-        results[name], _ = evaluate(
+        figures, _ = evaluate(
             Pipeline(load_pretrained(folder), dtype="bf16", batch_size=64),
             test, features, min_new_tokens=5, max_new_tokens=20,
         )  # fmt: skip
-        figures = results[name]
+        results["models"][name] = figures
         print(f"{name:12} mean recall {figures['r_mean']:.3f}  CIDEr-D {figures['cider']:.3f}", flush=True)
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     draw_curves({name: folder.parent for name, folder in models.items()}, config.out / "curves.png")
