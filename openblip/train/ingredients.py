@@ -1,6 +1,6 @@
 """What a training stage begins with: a model, fresh or loaded, and the tokenizers and transform that belong to it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,8 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
     if init.tokenizer is None or init.transform is None:
         raise UserError(f"{recipe.stage}: begins with a model that has its tokenizer and its image transform")
     if isinstance(init.model, Blip2Llm):
-        return Ingredients(init.model, init.tokenizer, init.transform, init.frozen, init.lm_tokenizer)
+        again = init.model if recipe.stage == "blip2_stage2" else _instructed(init.model)
+        return Ingredients(again, init.tokenizer, init.transform, init.frozen, init.lm_tokenizer)
     if not isinstance(init.model, Blip2):
         raise UserError(f"{recipe.stage}: begins with a BLIP-2, not with a {type(init.model).__name__}")
     reads_text = recipe.stage == "instruct"
@@ -114,6 +115,22 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
     family = lm.config.family or lm.config.config["model_type"]
     words = LmTokenizer.load(lm_folder(language.source), family, encoder_decoder=lm.is_encoder_decoder)
     return Ingredients(model, init.tokenizer, init.transform, frozen, words)
+
+
+def _instructed(model: Blip2Llm) -> Blip2Llm:
+    """The model as an InstructBLIP: its Q-Former reads the instruction, and the heads of stage 1 are gone."""
+    if model.config.qformer_text:
+        return model
+    if not model.blip2.qformer.config.text:
+        raise UserError(
+            "instruct: the Q-Former of this model has no text part to read an instruction with; begin with stage 1, or "
+            "with a stage 2 that kept its heads"
+        )
+    blip2 = without_heads(model.blip2, keep_text=True)
+    instructed = Blip2Llm(replace(model.config, blip2=blip2.config, qformer_text=True), model.lm)
+    instructed.blip2 = blip2
+    instructed.projection.load_state_dict(model.projection.state_dict())
+    return instructed
 
 
 def _named_parts(recipe: Recipe) -> dict[str, str]:

@@ -156,6 +156,22 @@ def test_instructions_from_rows_to_a_model(stage1, language, rows, tmp_path):
     assert found.model.config.qformer_text and found.model.blip2.qformer.config.text
 
 
+def test_stage2_learns_to_take_instructions_if_its_qformer_can_read(stage1, language, rows, tmp_path):
+    kept = Blip2LlmTaskConfig(stage1=Blip2TaskConfig(match_ids=True))
+    reads = load_pretrained(
+        run_stage(stage2(language, stage1, blip2_llm_task=kept), rows, tmp_path / "a").folder
+    )
+    before = reads.model.state_dict()
+    asked = recipe("instruct", init="given", language=Language(str(language)))
+    model = prepare(asked, rows, reads).model
+    assert model.config.qformer_text and not model.config.blip2.encoder
+    after = model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items()) and len(after) < len(before)
+    blind = load_pretrained(run_stage(stage2(language, stage1), rows, tmp_path / "b").folder)
+    with pytest.raises(UserError, match="has no text part to read an instruction with"):
+        prepare(asked, rows, blind)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [({"init": None}, "fine-tunes a pre-trained model"), ({"language": None}, "names no language model")],
