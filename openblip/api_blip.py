@@ -203,7 +203,8 @@ class Pipeline:
                 memory = self.model.question_memory(embeds, asked["input_ids"], asked["attention_mask"])
                 if answers is None:
                     found = self.model.generate(memory, config)
-                    said += [self.tokenizer.decode(row) for row in found.sequences.tolist()]
+                    best_of = found.sequences.tolist()[:: config.num_return_sequences]
+                    said += [self.tokenizer.decode(row) for row in best_of]
                 else:
                     candidates = self.tokens(list(answers))
                     best = self.model.rank(memory, candidates["input_ids"], candidates["attention_mask"])
