@@ -215,7 +215,10 @@ def test_a_caption_is_matched_as_blip_cleans_it(blip, images):
 
 def test_several_sequences_still_are_one_answer_per_image(vqa, images):
     alone = vqa.answer(images[:3], "which colour?", num_beams=3, max_new_tokens=3)
-    assert vqa.answer(images[:3], "which colour?", num_beams=3, num_return_sequences=2, max_new_tokens=3) == alone
+    assert (
+        vqa.answer(images[:3], "which colour?", num_beams=3, num_return_sequences=2, max_new_tokens=3)
+        == alone
+    )
 
 
 def test_answers_from_a_list_are_of_the_list(vqa, images):
