@@ -19,7 +19,7 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "m
 # What a package is called on the registry, where that is not the name it is imported by.
 REGISTRY_NAMES = {"PIL": "pillow", "lance": "pylance", "resvg_py": "resvg-py"}
 
-BRICKS = "models.layers models.vit models.text models.qformer models.resampler models.lm models.generation"
+BRICKS = "models.layers models.vit models.text models.tower models.qformer models.resampler models.lm models.generation"
 PLUMBING = "train.config train.optim train.checkpoint train.distributed train.log train.signals"
 OPEN = "config data models convert hub"
 USE = f"{OPEN} api picture"
@@ -36,6 +36,7 @@ IMPORTS = [
     ("models.layers", "config"),                           # the lowest brick
     ("models.vit", "config models.layers"),                # bricks stand on layers alone
     ("models.text", "config models.layers"),
+    ("models.tower", "models.vit"),                        # a tower, trained or frozen
     ("models.generation", "config"),                       # it sees a `step` callable and no model
     ("models.localize", f"{BRICKS} models.blip"),          # reads BLIP's cross-attention
     ("models.blip2_llm", f"config {BRICKS} models.blip2"),  # stage 2 stands on stage 1

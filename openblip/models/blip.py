@@ -34,7 +34,8 @@ from openblip.models.text import (
     TextTransformer,
     swap_first_token,
 )
-from openblip.models.vit import VisionConfig, build_vision, vit_base, vit_large
+from openblip.models.tower import TowerModel
+from openblip.models.vit import VisionConfig, vit_base, vit_large
 
 PARTS = ("embeddings", "self_attention", "cross_attention", "feed_forward")
 ALL_BUT_SELF_ATTENTION = ("embeddings", "cross_attention", "feed_forward")
@@ -74,14 +75,12 @@ def blip_large(image_size: int = 224) -> BlipConfig:
     return BlipConfig(vision=vit_large(image_size))
 
 
-class Blip(nn.Module):
+class Blip(TowerModel):
     """The multimodal mixture of encoder-decoder (MED) with its three heads."""
 
     def __init__(self, config: BlipConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, hidden = config.vision.hidden_size, config.text.hidden_size
-        self.vision = build_vision(config.vision)
         if config.encoder:
             self.text_encoder = TextTransformer(config.text, encoder_width=width)
             self.vision_proj = nn.Linear(width, config.projection_dim)
@@ -95,21 +94,6 @@ class Blip(nn.Module):
             self.lm_head = LanguageModelHead(config.text)
         if config.encoder and config.decoder:
             self.text_decoder.share_(self.text_encoder, config.share)
-        if config.freeze_vision:
-            self.vision.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Blip":
-        """Training mode; a frozen vision tower stays in eval mode."""
-        super().train(mode)
-        if self.config.freeze_vision:
-            self.vision.eval()
-        return self
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute activations of the towers in the backward pass: less memory, a third more time."""
-        self.vision.set_grad_checkpointing(enabled and not self.config.freeze_vision)
-        for text in self._texts():
-            text.set_grad_checkpointing(enabled)
 
     def _texts(self) -> list[TextTransformer]:
         return [getattr(self, name) for name in ("text_encoder", "text_decoder") if hasattr(self, name)]
@@ -119,10 +103,8 @@ class Blip(nn.Module):
 
         Video [B, T, 3, S, S] -> [B, T · N, D]: the tokens of all frames in one sequence (BLIP §5.6).
         """
-        is_video = pixel_values.ndim == 5
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            image_embeds = self.vision(pixel_values.flatten(0, 1) if is_video else pixel_values)
-        return image_embeds.unflatten(0, pixel_values.shape[:2]).flatten(1, 2) if is_video else image_embeds
+        image_embeds = super().encode_image(pixel_values)
+        return image_embeds.flatten(1, 2) if pixel_values.ndim == 5 else image_embeds
 
     def image_features(self, image_embeds: Tensor, frames: int = 1) -> Tensor:
         """image_embeds [B, N, D] -> [B, P]: token 0 projected, L2-normalised. The ITC vector, the one to search

@@ -28,7 +28,8 @@ from openblip.models.generation import Generated, GenerationConfig, generate
 from openblip.models.layers import init_weights
 from openblip.models.qformer import QFormer, QFormerConfig
 from openblip.models.text import Cache, LanguageModelHead, Memory, swap_first_token
-from openblip.models.vit import VisionConfig, build_vision, vit_large
+from openblip.models.tower import TowerModel
+from openblip.models.vit import VisionConfig, vit_large
 
 
 @dataclass
@@ -59,14 +60,12 @@ class Blip2Config:
         return self.qformer
 
 
-class Blip2(nn.Module):
+class Blip2(TowerModel):
     """Frozen image encoder, Q-Former and the three heads of stage 1."""
 
     def __init__(self, config: Blip2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, hidden = config.vision.hidden_size, config.qformer.hidden_size
-        self.vision = build_vision(config.vision)
         # Belongs to the bridge: trained even when the tower is not.
         self.ln_vision = nn.LayerNorm(width, eps=config.ln_vision_eps)
         self.qformer = QFormer(config.qformer, encoder_width=width)
@@ -79,29 +78,6 @@ class Blip2(nn.Module):
                 head.apply(init_weights)
         if config.decoder:
             self.lm_head = LanguageModelHead(config.qformer)
-        if config.freeze_vision:
-            self.vision.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Blip2":
-        """Training mode; a frozen vision tower stays in eval mode."""
-        super().train(mode)
-        if self.config.freeze_vision:
-            self.vision.eval()
-        return self
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute activations in the backward pass: less memory, a third more time."""
-        self.vision.set_grad_checkpointing(enabled and not self.config.freeze_vision)
-        self.qformer.set_grad_checkpointing(enabled)
-
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] -> image_embeds [B, N, D]: the tower's tokens, before `ln_vision`.
-
-        Video [B, T, 3, S, S] -> [B, T, N, D].
-        """
-        frames = pixel_values.flatten(0, -4)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            return self.vision(frames).unflatten(0, pixel_values.shape[:-3])
 
     def memory(self, image_embeds: Tensor) -> Memory:
         """image_embeds [B, N, D] -> keys and values of every layer that looks at them, for every use."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from openblip.models.layers import Attention, KeyValue, init_weights
 from openblip.models.text import Memory, Residual, TextConfig, TextTransformer, swap_first_token
-from openblip.models.vit import VisionConfig, build_vision, vit_base
+from openblip.models.tower import TowerModel
+from openblip.models.vit import VisionConfig, vit_base
 
 
 @dataclass
@@ -53,14 +54,12 @@ class TwinCrossAttentionBlock(nn.Module):
         return self.residual(x, y)
 
 
-class BlipNlvr(nn.Module):
+class BlipNlvr(TowerModel):
     """Twin cross-attention over two images, binary head."""
 
     def __init__(self, config: BlipNlvrConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         text, width = config.text, config.vision.hidden_size
-        self.vision = build_vision(config.vision)
 
         def twin(number: int) -> TwinCrossAttentionBlock:
             return TwinCrossAttentionBlock(text, width, merge=number >= text.num_hidden_layers // 2)
@@ -70,25 +69,6 @@ class BlipNlvr(nn.Module):
             nn.Linear(text.hidden_size, text.hidden_size), nn.ReLU(), nn.Linear(text.hidden_size, 2)
         )
         self.cls_head.apply(init_weights)
-        if config.freeze_vision:
-            self.vision.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "BlipNlvr":
-        """Training mode; a frozen vision tower stays in eval mode."""
-        super().train(mode)
-        if self.config.freeze_vision:
-            self.vision.eval()
-        return self
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute activations of the towers in the backward pass."""
-        self.vision.set_grad_checkpointing(enabled and not self.config.freeze_vision)
-        self.text_encoder.set_grad_checkpointing(enabled)
-
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [2B, 3, S, S], all left images then all right ones -> image_embeds [2B, N, D]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            return self.vision(pixel_values)
 
     def memory(self, image_embeds: Tensor) -> Memory:
         """image_embeds [2B, N, D], all left then all right -> keys and values of both, every layer."""

@@ -12,7 +12,7 @@ candidates.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openblip.models.generation import Generated, GenerationConfig, generate, sequence_log_likelihood
 from openblip.models.text import (
@@ -23,7 +23,8 @@ from openblip.models.text import (
     TextTransformer,
     swap_first_token,
 )
-from openblip.models.vit import VisionConfig, build_vision, vit_base
+from openblip.models.tower import TowerModel
+from openblip.models.vit import VisionConfig, vit_base
 
 
 @dataclass
@@ -35,36 +36,14 @@ class BlipVqaConfig:
     freeze_vision: bool = False
 
 
-class BlipVqa(nn.Module):
+class BlipVqa(TowerModel):
     """Question encoder over the image, answer decoder over the question."""
 
     def __init__(self, config: BlipVqaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vision = build_vision(config.vision)
+        super().__init__(config)
         self.text_encoder = TextTransformer(config.text, encoder_width=config.vision.hidden_size)
         self.text_decoder = TextTransformer(config.text, encoder_width=config.text.hidden_size)
         self.lm_head = LanguageModelHead(config.text)
-        if config.freeze_vision:
-            self.vision.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "BlipVqa":
-        """Training mode; a frozen vision tower stays in eval mode."""
-        super().train(mode)
-        if self.config.freeze_vision:
-            self.vision.eval()
-        return self
-
-    def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute activations of the towers in the backward pass."""
-        self.vision.set_grad_checkpointing(enabled and not self.config.freeze_vision)
-        self.text_encoder.set_grad_checkpointing(enabled)
-        self.text_decoder.set_grad_checkpointing(enabled)
-
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] -> image_embeds [B, N, D]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision):
-            return self.vision(pixel_values)
 
     def question_memory(
         self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from openblip.config import ConfigError, UserError
-from openblip.train import checkpoint, log, loop
+from openblip.train import checkpoint, loop
 from openblip.train.config import TrainConfig
 from openblip.train.loop import NonFiniteError, fit
 
@@ -139,12 +139,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than all the training here; test_log looks at pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "draw_curves", lambda metrics, picture: picture.write_bytes(b"curves"))
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
 from openblip.models.text import TextConfig
 from openblip.recipes import Augment, Recipe
-from openblip.train import checkpoint, log
+from openblip.train import checkpoint
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
 from openblip.train.loop import fit
@@ -38,12 +38,7 @@ STEPS = 3
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "draw_curves", lambda metrics, picture: picture.write_bytes(b"curves"))
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

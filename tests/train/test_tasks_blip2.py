@@ -26,12 +26,7 @@ from tests.train import tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures():
-    """Drawing takes longer than the training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "draw_curves", lambda metrics, picture: picture.write_bytes(b"curves"))
-        yield
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def stage1(decoder: bool = True, **changes) -> Blip2Task:
