@@ -107,7 +107,10 @@ def main(config: Config) -> None:
         "noise_found": judge_filter(texts, right, config.threshold),
         "models": {},
     }
-    print(json.dumps(results["noise_found"]), flush=True)
+    left = [text for text, keep in zip(texts, matching, strict=True) if keep]
+    results["kept"] = {kind: sum(text.kind == kind for text in left) for kind in ("web", "synthetic")}
+    results["kept"]["photographs"] = len({text.id for text in left})
+    print(json.dumps(results), flush=True)
     for name, keep in kept.items():
         models[name] = train(f"cleaned-{name}", recipe, [*bootstrap(web, texts, keep), *human], start)
 
