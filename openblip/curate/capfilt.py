@@ -89,11 +89,14 @@ class ScoredText:
 
 
 def fit_match_scale(filter: Pipeline, rows: Sequence[Row], embeds: Tensor) -> MatchScale:
-    """Logistic regression of "is it this picture's caption?" on the filter's two scores.
+    """P(match) from the filter's two scores, of equal weight, as a logistic regression on their sum.
 
     rows: human pairs kept out of the filter's training; embeds [B, N, D] of their pictures. Every picture is
     judged with its own caption and with those of the other rows; both kinds weigh the same, so 0.5 is the
     boundary between a match and a chance pair. Raises UserError for fewer than two rows.
+
+    Only the scale is fitted. Captions of other human pairs are easier to tell than what is wrong with web captions:
+    a regression that may choose between the scores learns to overlook the ITM head, which knows more of the latter.
     """
     if len(rows) < 2:
         raise UserError(f"{len(rows)} human pairs are too few to fit the filter's scale: give two or more")
@@ -102,19 +105,21 @@ def fit_match_scale(filter: Pipeline, rows: Sequence[Row], embeds: Tensor) -> Ma
         filter.match_embeds(picture[None], [texts]) for picture in embeds
     ]  # rows² texts are many at once
     own = np.eye(len(rows), dtype=bool).ravel()
+    weight = np.where(own, 0.5 / own.sum(), 0.5 / (~own).sum())
     p = np.concatenate([one.probability[0] for one in found]).astype(np.float64).clip(1e-7, 1 - 1e-7)
     scores = np.stack([np.log(p / (1 - p)), np.concatenate([one.cosine[0] for one in found])], axis=1)
-    spread = scores.std(axis=0) + 1e-9
-    x = np.concatenate([scores / spread, np.ones((len(own), 1))], axis=1)
-    weight = np.where(own, 0.5 / own.sum(), 0.5 / (~own).sum())
-    ridge = np.diag([1e-3, 1e-3, 0.0])  # bounded weights when the pairs are perfectly separable
-    beta = np.zeros(3)
+    mean = weight @ scores
+    spread = np.sqrt(weight @ (scores - mean) ** 2) + 1e-9
+    x = np.stack([((scores - mean) / spread).sum(axis=1), np.ones(len(own))], axis=1)
+    ridge = np.diag([1e-3, 0.0])  # a bounded slope when the pairs are perfectly separable
+    beta = np.zeros(2)
     for _ in range(50):  # Newton's method; the problem is convex
         predicted = 1 / (1 + np.exp(-(x @ beta)))
         gradient = x.T @ (weight * (predicted - own)) + ridge @ beta
         curvature = (x * (weight * predicted * (1 - predicted))[:, None]).T @ x + ridge
-        beta -= np.linalg.solve(curvature + 1e-9 * np.eye(3), gradient)
-    return MatchScale(float(beta[0] / spread[0]), float(beta[1] / spread[1]), float(beta[2]))
+        beta -= np.linalg.solve(curvature + 1e-9 * np.eye(2), gradient)
+    itm, itc = beta[0] / spread
+    return MatchScale(float(itm), float(itc), float(beta[1] - itm * mean[0] - itc * mean[1]))
 
 
 class CapFilt:
