@@ -31,7 +31,7 @@ from openblip.models.generation import GenerationConfig
 from openblip.models.lm import LmConfig
 from openblip.models.qformer import QFormerConfig
 from openblip.models.vit import VisionConfig
-from openblip.recipes import blip2_stage1_small
+from openblip.recipes.blip2 import blip2_stage1_small
 from openblip.train.objectives import hard_negatives, labelled_positions, next_token_labels
 from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2LlmTaskConfig, Blip2Task, Blip2TaskConfig
 

@@ -1,6 +1,6 @@
-"""What callers of a pipeline give: images one or many, questions, seeds, generation options. Checked here."""
+"""What callers of a pipeline give: images one or many, questions, messages, seeds, options. Checked here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,10 +9,17 @@ import numpy as np
 from PIL import Image as PILImage
 
 from openblip.config import UserError, from_dict
+from openblip.data.conversation import IMAGE, check_turns, parse_messages, place_images
 from openblip.data.image import Readable
+from openblip.data.prompts import Message
+from openblip.data.rows import message_images
 from openblip.models.generation import GenerationConfig
 
 Image = str | Path | bytes | Readable | PILImage.Image
+Messages = str | Sequence[Mapping[str, Any]]  # a conversation; a text is the user's only message
+Request = tuple[
+    Any, Sequence[Image], str
+]  # messages or words, their images, a name for what is said about them
 T = TypeVar("T")
 
 
@@ -66,3 +73,54 @@ def ahead(function: Callable[[slice], T], items: Sequence[slice]) -> Iterator[T]
             coming = started
         if coming is not None:
             yield coming.result()
+
+
+def requests(messages: Any, images: Any) -> tuple[bool, list[Request]]:
+    """(was it a single conversation, the conversations with their images).
+
+    images: of a single conversation one or a list, of several a list of that; None: those in the parts of the messages.
+    Raises UserError: not as many conversations as there are images for.
+    """
+    single = isinstance(messages, str | Mapping) or not messages or isinstance(messages[0], Mapping)
+    talks = [messages] if single else list(messages)
+    if images is None:
+        found = [[] if isinstance(talk, str) else message_images({"messages": talk}) for talk in talks]
+    elif single:
+        found = [listed(images)[1]]
+    else:
+        is_one, several = listed(images)
+        if is_one or len(several) != len(talks):
+            have = "one image" if is_one else f"images for {len(several)}"
+            raise UserError(f"chat: {len(talks)} conversations but {have}; give a list of images for each")
+        found = [[] if own is None else listed(own)[1] for own in several]
+    names = ["chat"] if single else [f"conversation {number}" for number in range(len(talks))]
+    return single, list(zip(talks, found, names, strict=True))
+
+
+def placed(messages: Messages, count: int, where: str) -> list[Message]:
+    """A conversation for the model to answer, with a marker <image> for each of its `count` images.
+
+    A single image is put in front of the first user's message, as in training, if it has no marker or one up to there.
+    Raises BadRow: messages that are none, out of order, or with another number of markers.
+    """
+    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    found = parse_messages(said, where)
+    first = next((i for i, message in enumerate(found) if message["role"] == "user"), 0)
+    in_front, later = (
+        sum(message["content"].count(IMAGE) for message in part)
+        for part in (found[: first + 1], found[first + 1 :])
+    )
+    if (count, in_front, later) != (1, 0, 1):
+        found = place_images(found, count, where)
+    # A model may have had nothing to say; that is no mistake of the user's.
+    nothing = {"user": "", "system": "", "assistant": "..."}
+    given = [{**message, "content": message["content"] or nothing[message["role"]]} for message in found]
+    check_turns(given, where, answered=False)
+    return found
+
+
+def marked(text: str, count: int, where: str) -> str:
+    """A user's message with a marker for each of its `count` images: in front of it, if it has none. Raises BadRow."""
+    if count > 1 and IMAGE not in text:
+        return "\n".join([IMAGE] * count + [text.strip()]).strip()
+    return place_images([{"role": "user", "content": text.strip()}], count, where)[0]["content"]

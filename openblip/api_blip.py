@@ -124,9 +124,7 @@ class Pipeline:
         seeds = list(seeds) if seeds is not None else row_seeds(config.seed, len(images))
         if len(seeds) != len(images):
             raise UserError(f"caption: {len(images)} images but {len(seeds)} seeds; give one per image")
-        captions: list[list[str]] = []
-        for embeds, part in self.encoded(images):
-            captions += self.caption_embeds(embeds, prompt, config, seeds[part])
+        captions = self._captions(images, prompt, config, seeds)
         flat = captions if config.num_return_sequences > 1 else [texts[0] for texts in captions]
         return flat[0] if single else flat
 
@@ -139,16 +137,7 @@ class Pipeline:
     @torch.inference_mode()  # around each step of the generator, not around what the caller does in between
     def _pieces(self, image: Image, write: Callable[[Tensor], Iterator[Tensor]]) -> Iterator[str]:
         embeds, _ = next(self.encoded([image]))
-        ids: list[int] = []
-        said = now = ""
-        for token in write(embeds):
-            ids.append(int(token[0]))
-            now = self._decode(ids)
-            if not now.endswith(_MAY_CHANGE):
-                yield now[len(said) :]
-                said = now
-        if said != now:
-            yield now[len(said) :]
+        yield from spoken(write(embeds), self._decode)
 
     def match(
         self, images: Image | Sequence[Image], texts: str | Sequence[str] | Sequence[Sequence[str]]
@@ -324,6 +313,15 @@ class Pipeline:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
+    def _captions(
+        self, images: Sequence[Image], prompt: str | None, config: GenerationConfig, seeds: Sequence[int]
+    ) -> list[list[str]]:
+        """num_return_sequences captions of each image."""
+        captions: list[list[str]] = []
+        for embeds, part in self.encoded(images):
+            captions += self.caption_embeds(embeds, prompt, config, seeds[part])
+        return captions
+
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask [R, L] of texts, padded to the longest, on the model's device."""
         found = self.tokenizer(list(texts), max_length=MAX_CAPTION_TOKENS)
@@ -374,6 +372,20 @@ class Pipeline:
     def _require(self, has_part: bool, purpose: str) -> None:
         if not has_part:
             raise UserError(f"{purpose}: this {type(self.model).__name__} model has no part for it")
+
+
+def spoken(columns: Iterator[Tensor], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """A text piece by piece, as its tokens [1] come; a piece waits until no further token can change it."""
+    ids: list[int] = []
+    said = now = ""
+    for token in columns:
+        ids.append(int(token[0]))
+        now = decode(ids)
+        if not now.endswith(_MAY_CHANGE):
+            yield now[len(said) :]
+            said = now
+    if said != now:
+        yield now[len(said) :]
 
 
 def _cast_(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from openblip.models.int8 import to_int8_
 from openblip.models.lm import LanguageModel
 
 QUESTION = "Question: {} Short answer:"  # BLIP-2 §4.1
+CHOICE = "Question: {} Options: {}. Short answer:"  # InstructBLIP, appendix on its templates
 _ROLES = ("system", "user", "assistant")
 
 
@@ -56,7 +57,7 @@ class LlmPipeline(Pipeline):
         super().__init__(pretrained, device=device, dtype="bf16" if is_int8 else dtype, batch_size=batch_size)
         self.lm_tokenizer: LmTokenizer = pretrained.lm_tokenizer
         if is_int8:
-            _quantise_(self.model.lm)
+            quantise_(self.model.lm)
 
     @property
     def matcher(self) -> Any:
@@ -95,6 +96,41 @@ class LlmPipeline(Pipeline):
             penalty = generation.get("length_penalty", 0.0)
             said = [answers[best] for best in self._best(images, prompts, answers, penalty)]
         return said[0] if single else said
+
+    def choose(
+        self,
+        images: Image | Sequence[Image],
+        questions: str | Sequence[str],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        prompt: str = CHOICE,
+        length_penalty: float = 0.0,
+    ) -> str | list[str]:
+        """Multiple choice: which of `choices` answers the question about each image.
+
+        choices: of all images, or a list of them for each. prompt: with {} for the question and {} for the choices,
+        which are told as "(a) ..., (b) ...". Each choice is scored by the likelihood of its words (see
+        `Blip2Llm.rank`), so the answer does not depend on the model's writing letters.
+        """
+        single, images, questions = questioned(images, questions, None)
+        given: list[Any] = list(choices)
+        sets = [given] * len(images) if given and isinstance(given[0], str) else given
+        if len(sets) != len(images) or not all(sets):
+            raise UserError("choose: give choices, one list for all images or a list for each of them")
+        if prompt.count("{}") != 2:
+            raise UserError(
+                f"choose: the prompt {prompt!r} needs {{}} twice, for the question and the choices"
+            )
+        told = [", ".join(f"({chr(97 + n)}) {text}" for n, text in enumerate(those)) for those in sets]
+        prompts = [
+            prompt.replace("{}", question.strip(), 1).replace("{}", those, 1)
+            for question, those in zip(questions, told, strict=True)
+        ]
+        chosen: list[str] = []
+        for embeds, part in self.encoded(images):
+            for one, text, those in zip(embeds.split(1), prompts[part], sets[part], strict=True):
+                chosen.append(those[int(self._scores(one, [text], those, length_penalty).argmax())])
+        return chosen[0] if single else chosen
 
     def chat(
         self,
@@ -140,13 +176,18 @@ class LlmPipeline(Pipeline):
         """The index of the best answer for each image. Prompts of one template: they end alike."""
         best: list[int] = []
         for embeds, part in self.encoded(images):
-            with torch.inference_mode():
-                soft, ids, mask = self._shown(embeds, prompts[part])
-                those = self.lm_tokenizer.candidates(prompts[0], answers)
-                those = {name: value.to(self.device) for name, value in those.items()}
-                scores = self.model.rank(soft, ids, **those, prompt_mask=mask, length_penalty=length_penalty)
-            best += scores.argmax(dim=1).tolist()
+            best += self._scores(embeds, prompts[part], answers, length_penalty).argmax(dim=1).tolist()
         return best
+
+    @torch.inference_mode()
+    def _scores(
+        self, embeds: Tensor, prompts: Sequence[str], answers: Sequence[str], length_penalty: float
+    ) -> Tensor:
+        """How likely each answer is for each image [b, C]."""
+        soft, ids, mask = self._shown(embeds, prompts)
+        those = self.lm_tokenizer.candidates(prompts[0], answers)
+        those = {name: value.to(self.device) for name, value in those.items()}
+        return self.model.rank(soft, ids, **those, prompt_mask=mask, length_penalty=length_penalty)
 
     def _shown(self, embeds: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
         """What the language model is shown: soft prompt [b, Q, H], prompt ids and their mask [b, P]."""
@@ -191,7 +232,8 @@ def _check_conversation(messages: Any) -> None:
         raise UserError("chat: the last message of a conversation must be the user's")
 
 
-def _quantise_(lm: LanguageModel) -> None:
+def quantise_(lm: LanguageModel) -> None:
+    """8 bits for the linear layers of a language model, all but the last. Raises UserError: it has adapters."""
     if lm.config.lora is not None:
         raise UserError(
             'dtype "int8": this language model has adapters, which need floating point; use "bf16"'

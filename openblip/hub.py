@@ -63,7 +63,7 @@ class Pretrained:
     info: dict[str, Any]
     report: LoadReport
     frozen: dict[str, str] = field(default_factory=dict)  # parts that came from elsewhere: {module: source}
-    lm_tokenizer: LmTokenizer | None = None  # of a Blip2Llm
+    lm_tokenizer: LmTokenizer | None = None  # of its language model
 
 
 @dataclass
@@ -196,7 +196,8 @@ def _load_ours(
     model = empty_model(settings, image_size, lm)
     report = LoadReport(where, loaded=sorted(weights))
     if lm is not None:
-        weights |= {f"lm.{name}": value for name, value in lm.state_dict().items() if not is_adapter(name)}
+        named = {f"lm.{name}": value for name, value in lm.state_dict().items()}
+        weights |= {k: v for k, v in named.items() if k.startswith(LM) and not is_adapter(k)}
         report.notes.append(f"lm comes from {lm.config.source}, as in training")
     groups = tied_in(model, weights)
     merge_tied_(weights, groups, where)
@@ -222,15 +223,16 @@ def _language_model(settings: Any, weights: Mapping[str, Tensor]) -> LanguageMod
     half = any(value.dtype is torch.bfloat16 for value in weights.values())
     changes = {name: value for name, value in lm.config.items() if name != "model_type"}
     found = load_lm(
-        lm.source, "bfloat16" if half else "float32", sha256=lm.sha256, lora=lm.lora, changes=changes
-    )
+        lm.source, "bfloat16" if half else "float32", sha256=lm.sha256, lora=lm.lora, changes=changes,
+        added_tokens=lm.added_tokens, first_added_id=lm.first_added_id,
+    )  # fmt: skip
     found.config.family = lm.family
     return found
 
 
 def _lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
     """The tokenizer of a model's language model, if it has one: from its source, or from a folder."""
-    if not isinstance(model, Blip2Llm):
+    if not hasattr(model, "lm"):
         return None
     settings = model.lm.config
     place = folder if settings.source is None else Path(lm_folder(settings.source))
@@ -351,7 +353,9 @@ def _find_folder(name_or_folder: str | Path) -> Path:
 
     try:
         found = Path(
-            snapshot_download(name_or_folder, allow_patterns=["*.json", "*.txt", "model*.safetensors"])
+            snapshot_download(
+                name_or_folder, allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors"]
+            )
         )
         if not any(found.glob("model*.safetensors")):
             snapshot_download(name_or_folder, allow_patterns=["pytorch_model*.bin"])

@@ -35,7 +35,8 @@ from openblip.eval.benchmarks import from_cache
 from openblip.hub import load_pretrained, save_pretrained
 from openblip.quickstart.noise import plant_noise
 from openblip.quickstart.story import evaluate, judge_filter
-from openblip.recipes import Recipe, small_caption, small_pretrain, small_retrieval
+from openblip.recipes import Recipe
+from openblip.recipes.blip import small_caption, small_pretrain, small_retrieval
 from openblip.train.ingredients import prepare
 from openblip.train.stage import cache_features, run_stage
 

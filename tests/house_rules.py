@@ -19,8 +19,11 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "m
 # What a package is called on the registry, where that is not the name it is imported by.
 REGISTRY_NAMES = {"PIL": "pillow", "lance": "pylance", "resvg_py": "resvg-py"}
 
-BRICKS = "models.layers models.vit models.text models.tower models.qformer models.resampler models.lm models.generation"
-PLUMBING = "train.config train.optim train.checkpoint train.distributed train.log train.signals"
+BRICKS = (
+    "models.layers models.vit models.text models.tower models.qformer models.tiling models.resampler models.temporal "
+    "models.decoding models.lm models.generation"
+)
+PLUMBING = "train.config train.optim train.checkpoint train.distributed train.shard train.rng train.log train.signals"
 OPEN = "config data models convert hub"
 USE = f"{OPEN} api picture"
 
@@ -44,12 +47,15 @@ IMPORTS = [
     ("train.objectives", ""),                              # losses see tensors only
     ("train.tasks", f"config models train.objectives train.matching {PLUMBING}"),  # a model and its losses
     ("train.tasks_blip2", f"config models train.objectives train.tasks train.matching {PLUMBING}"),
+    ("train.tasks_blip3", f"config models train.objectives train.tasks {PLUMBING}"),
     ("train.matching", f"models train.objectives {PLUMBING}"),  # one ITM for BLIP and BLIP-2
     ("train.start", "config models"),                      # weights of one model into another
     ("train.ingredients", f"{OPEN} recipes train"),        # a recipe's model, with the weights it begins with
+    ("train.ingredients_blip3", f"{OPEN} recipes train"),
+    ("train.batches_blip3", f"{OPEN} recipes train"),      # rows to batches, as a recipe says
     ("train.stage", f"{OPEN} recipes train"),              # a recipe and rows to a saved model
     ("train", f"config {PLUMBING}"),                       # tasks by protocol, no model by name
-    ("recipes", "config models train.config train.tasks train.tasks_blip2"), # full configurations, and nothing else
+    ("recipes", "config models train.config train.tasks train.tasks_blip2 train.tasks_blip3 recipes"),
     ("convert", "config data models convert"),             # other layouts into ours and back
     ("model_card", ""),                                    # words about a model it is given
     ("hub", "config data models convert model_card"),      # a folder of weights; it trains nothing

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from openblip import cli
 from openblip.api import LlmPipeline, load
-from openblip.api_llm import QUESTION, _quantise_
+from openblip.api_llm import QUESTION, quantise_
 from openblip.config import UserError
 from openblip.curate.capfilt import CapFilt
 from openblip.data.prompts import LmTokenizer
@@ -155,6 +155,24 @@ def test_ranking_picks_what_the_summed_log_likelihood_says(models, images, kind)
     assert model.answer(images, QUESTIONS, answers=answers, length_penalty=1.0) == by_mean
     assert model.answer(images[1], QUESTIONS[1], answers=answers) == by_sum[1]
     assert len({*by_sum, *by_mean}) > 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "instruct"])
+def test_multiple_choice_ranks_each_images_own_choices(models, images, given, kind):
+    model = models[kind]
+    shown = given(model, "_shown")
+    sets = [["a red box", "a cat"], ["one", "two", "no"], ["a red box", "a cat"]]
+    chosen = model.choose(images, QUESTIONS, sets)
+    assert shown[1][0][1] == [f"Question: {QUESTIONS[1]} Options: (a) one, (b) two, (c) no. Short answer:"]
+    for image, question, those, answer in zip(images, QUESTIONS, sets, chosen, strict=True):
+        told = ", ".join(f"({letter}) {text}" for letter, text in zip("abc", those))
+        prompt = f"Question: {{}} Options: {told}. Short answer:"
+        assert answer == model.answer(image, question, answers=those, prompt=prompt)
+    assert model.choose(images[0], QUESTIONS[0], sets[0]) == chosen[0]
+    with pytest.raises(UserError, match="choose: give choices"):
+        model.choose(images, QUESTIONS, [["a"], []])
+    with pytest.raises(UserError, match="twice"):
+        model.choose(images[0], QUESTIONS[0], ["a"], prompt="{}")
 
 
 def test_the_question_reaches_both_readers(models, images, given):
@@ -302,7 +320,7 @@ def test_eight_bits_are_for_frozen_language_models(tmp_path):
     with pytest.raises(UserError, match=r"int8.* is for language models; this model takes fp32 or bf16"):
         load(save_blip(tmp_path), dtype="int8")
     with pytest.raises(UserError, match="adapters"):
-        _quantise_(tiny_lm("llama", lora=LoraSettings(rank=2)))
+        quantise_(tiny_lm("llama", lora=LoraSettings(rank=2)))
 
 
 @pytest.mark.parametrize("kind", ["opt", "instruct_t5"])

@@ -340,7 +340,7 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
         lambda name, **options: asked.append((name, options)) or str(tmp_path),
     )
     assert isinstance(load_pretrained("owner/name").model, Blip)
-    assert asked == [("owner/name", {"allow_patterns": ["*.json", "*.txt", "model*.safetensors"]})]
+    assert asked == [("owner/name", {"allow_patterns": ["*.json", "*.jinja", "*.txt", "model*.safetensors"]})]
 
 
 # ---------------------------------------------------------------------------------- folders of transformers

@@ -1,14 +1,18 @@
 """Every recipe describes a model that can be built, and those of the papers say what the papers say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from openblip.config import UserError, from_dict, to_dict
 from openblip.models.blip import Blip, without_decoder
 from openblip.models.blip2 import Blip2
+from openblip.models.blip3 import Blip3
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip
+from openblip.models.lm import LmConfig
 from openblip.recipes import RECIPES, Recipe, recipe_named
 from openblip.train.tasks import BlipTaskConfig
 
@@ -60,6 +64,26 @@ def test_blip2_as_in_the_paper():
         1000,
         (0.9, 0.999),
     )
+
+
+def test_blip3_as_in_the_released_code():
+    """lr 2e-5 after 2,000 steps of warm-up, 64 conversations a step, no weight decay, 2,048 tokens; the whole model
+    is trained but the tower; DPO with adapters."""
+    base, sft, dpo = (recipe_named(f"xgenmm_{name}") for name in ("pretrain", "sft", "dpo"))
+    assert (sft.train.lr, sft.train.warmup_steps, sft.train.batch_size, sft.train.weight_decay) == (
+        2e-5,
+        2000,
+        64,
+        0,
+    )
+    assert sft.train.precision == "bf16" and sft.train.grad_checkpointing and sft.max_length == 2048
+    for recipe in (base, sft):
+        assert recipe.blip3.freeze_vision and recipe.language.trainable and recipe.train.shard
+    assert dpo.language.lora is not None and not dpo.language.trainable and dpo.dpo_task.noise_step
+    assert dpo.train.max_steps * dpo.train.batch_size == pytest.approx(62_600, rel=0.01)
+    geometry = base.blip3
+    assert geometry.tile_grouping == "strip" and geometry.sampling == "anyres"
+    assert [geometry.vision_length(*grid) for grid in geometry.grids] == [384, 384, 640, 512, 512]
 
 
 def test_pretraining_as_in_the_paper():
@@ -115,6 +139,21 @@ def test_every_recipe_goes_through_a_file_and_back(name):
     assert recipe_named(name).train.lr != 1.0, "each call makes a recipe of its own"
 
 
+def blip3(recipe):
+    """With the geometry of its language model, whose weights a recipe loads."""
+    lm = {
+        "smollm2": {
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "vocab_size": 49152,
+        },
+        "microsoft/Phi-3-mini-4k-instruct": {"model_type": "phi3"},
+    }[recipe.language.source]
+    lm = LmConfig({**lm, "tie_word_embeddings": False}, added_tokens=3, trainable=recipe.language.trainable)
+    return Blip3(replace(recipe.blip3, lm=lm))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_describes_a_model_that_can_be_built(name):
     recipe = recipe_named(name)
@@ -130,9 +169,14 @@ def test_every_recipe_describes_a_model_that_can_be_built(name):
             "blip2_stage1": lambda: Blip2(recipe.blip2),
             "blip2_stage2": lambda: Blip2(recipe.blip2),  # the language model is loaded, not built
             "instruct": lambda: Blip2(recipe.blip2),
+            **dict.fromkeys(("blip3_pretrain", "blip3_sft", "blip3_dpo"), lambda: blip3(recipe)),
         }[recipe.stage]()
-    limit = (recipe.clip.text if recipe.clip else text).max_position_embeddings
-    assert recipe.max_length <= limit
+    if recipe.blip3 is None:
+        limit = (recipe.clip.text if recipe.clip else text).max_position_embeddings
+        assert recipe.max_length <= limit
+    if name == "xgenmm_sft":
+        assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(4.36e9, rel=0.005)
+        assert sum(weight.numel() for weight in model.resampler.parameters()) == 109_901_568
     if name == "blip_base":
         millions = sum(weight.numel() for weight in model.parameters()) / 1e6
         assert millions == pytest.approx(252, abs=1)  # BLIP table 3, all but self-attention shared

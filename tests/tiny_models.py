@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import tokenizers
 import torch
 from PIL import Image, ImageDraw
+from transformers import PreTrainedTokenizerFast
 
 from openblip.api import Pipeline
 from openblip.data.text import Tokenizer, bert_uncased
@@ -17,6 +20,7 @@ from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 from tests.curate.made import tiny_blip
+from tests.data.test_chat import CHATML
 
 VISION = VisionConfig(32, 16, 16, 2, 2, 32)
 TEXT = TextConfig(30524, 16, 2, 2, 32, dropout=0.0)
@@ -83,6 +87,70 @@ def save_blip2_llm(folder: Path, lm: str = "llama", *, instruct: bool = False, h
         lm_tokenizer=words,
     )
     return folder
+
+
+def save_blip3(
+    folder: Path,
+    lm: str = "llama",
+    *,
+    condition: bool = False,
+    lora: bool = False,
+    source: Path | None = None,
+    stage: str = "blip3_sft",
+    context: int = 400,
+    **geometry: Any,
+) -> Path:
+    """BLIP-3 around a random language model of the family `lm`, whose words are ASCII; what is seen has a say.
+
+    With a `source`, the language model is put into that folder, and only named in the other.
+    """
+    from openblip.convert.lm import load_lm
+    from openblip.models.blip3 import Blip3, Blip3Config
+    from openblip.models.lm import LanguageModel, LmConfig, LoraSettings
+    from openblip.models.resampler import ResamplerConfig
+    from tests.models.tiny_lms import CONFIGS
+
+    words = ascii_words()
+    settings = {**CONFIGS[lm], "vocab_size": len(words._tokenizer), "max_position_embeddings": context}
+    settings |= {"pad_token_id": words.pad_id, "eos_token_id": words.end_id}
+    adapters = LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]) if lora else None
+    torch.manual_seed(7)
+    if source is None:
+        language = LanguageModel(LmConfig(settings, lora=adapters, added_tokens=3))
+    else:
+        LanguageModel(LmConfig(settings)).model.save_pretrained(source)
+        words.save(source)
+        language = load_lm(str(source), lora=adapters, added_tokens=3)
+    width = language.hidden_size if condition else None
+    resampler = ResamplerConfig(16, 3, 1, 2, 8, 2, language.hidden_size, condition_size=width)
+    model = Blip3(Blip3Config(language.config, VISION, resampler, **geometry), language)
+    for part in (model.vision, model.resampler):
+        _liven_(part)
+    for name, weight in model.lm.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    transform = ImageTransform(image_size=32)
+    save_pretrained(model, folder, transform=transform, info={"stage": stage}, lm_tokenizer=words)
+    return folder
+
+
+def ascii_words() -> Any:
+    """Every ASCII character is a word, and so is a line break with an "a"; ChatML, whose turns end with another token
+    than texts do."""
+    from openblip.data.prompts import LmTokenizer
+
+    special = ["<s>", "<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
+    letters = ["Ġ", "Ċ", *(chr(code) for code in range(33, 127))]
+    vocab = {word: number for number, word in enumerate([*special, *letters, "Ċa"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("Ċ", "a")]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(word, special=True) for word in special])
+    return LmTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", chat_template=CHATML
+        )
+    )
 
 
 def save_clip(folder: Path) -> Path:

@@ -62,8 +62,11 @@ def load_lm(
     sha256: str | None = None,
     lora: LoraSettings | None = None,
     changes: dict[str, Any] | None = None,
+    trainable: bool = False,
+    added_tokens: int = 0,
+    first_added_id: int | None = None,
 ) -> LanguageModel:
-    """A language model and its weights, all of them or none, frozen.
+    """A language model and its weights, all of them or none; frozen, unless it is `trainable`.
 
     Args:
         source: a folder, a name on the hub, a `.gguf` file, or "smollm2".
@@ -71,6 +74,7 @@ def load_lm(
         sha256: what `weights_sha256` must find; what it finds stands in `.config.sha256`.
         lora: adapters to train.
         changes: to its configuration, such as `RELEASED_BLIP2`, or another `eos_token_id`.
+        trainable, added_tokens, first_added_id: see `LmConfig`; what is trained needs float32.
 
     Raises:
         UserError: there is no such model, or a package is missing that its files need.
@@ -78,8 +82,8 @@ def load_lm(
             its own.
         WeightsError: weights are missing, unknown or of another shape, or their hash is another.
     """
-    if dtype == "int8" and lora is not None:
-        raise ConfigError("int8 weights are for inference: train adapters over float32 or bfloat16")
+    if dtype == "int8" and (lora is not None or trainable):
+        raise ConfigError("int8 weights are for inference: train over float32 or bfloat16")
     model = _from_pretrained(source, torch.float32 if dtype == "float32" else torch.bfloat16, changes or {})
     lm = LanguageModel(LmConfig(_plain_config(model) | (changes or {}), source), model)
     _prove_logits(lm, source)
@@ -89,8 +93,17 @@ def load_lm(
             f"{source}: another language model than the one this was trained with: its weights have the sha256 "
             f"{lm.config.sha256[:12]}..., wanted {str(sha256)[:12]}..."
         )
-    if lora is not None:
-        return LanguageModel(LmConfig(lm.config.config, source, lm.config.sha256, lora), model)
+    if lora is not None or trainable or added_tokens:
+        wanted = LmConfig(
+            lm.config.config,
+            None if trainable else source,
+            None if trainable else lm.config.sha256,
+            lora,
+            trainable=trainable,
+            added_tokens=added_tokens,
+            first_added_id=first_added_id,
+        )
+        lm = LanguageModel(wanted, model)
     if dtype == "int8":
         to_int8_(model, keep=(model.get_output_embeddings(),))
     return lm

@@ -12,6 +12,7 @@ from openblip.config import UserError
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from openblip.models.blip3 import Blip3, Blip3Config
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
@@ -25,6 +26,7 @@ SYSTEMS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "blip_nlvr": (BlipNlvrConfig, BlipNlvr),
     "blip2": (Blip2Config, Blip2),
     "blip2_llm": (Blip2LlmConfig, Blip2Llm),
+    "blip3": (Blip3Config, Blip3),
     "clip": (ClipConfig, Clip),
     "vit": (VisionConfig, build_vision),
 }
@@ -75,11 +77,10 @@ def empty_model(config: Any, image_size: int | None = None, lm: LanguageModel | 
                 f"image_size {image_size}: the vision backbone of this model is made for {vision.image_size}"
             )
         config = _with_vision(config, replace(vision, image_size=image_size))
+    build: Any = next(build for cls, build in SYSTEMS.values() if type(config) is cls)
     if lm is not None:
-        config = replace(config, lm=lm.config)
         with torch.device("meta"), _NothingDrawn():
-            return Blip2Llm(config, lm).eval()
-    build = next(build for cls, build in SYSTEMS.values() if type(config) is cls)
+            return build(replace(config, lm=lm.config), lm).eval()
     if vision.backbone is not None or hasattr(config, "lm"):
         with _NothingDrawn():
             return build(config).eval()

@@ -32,7 +32,8 @@ from openblip.data.collate import Rows
 from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
 from openblip.hub import save_pretrained
-from openblip.recipes import Recipe, small_caption, small_pretrain, small_retrieval
+from openblip.recipes import Recipe
+from openblip.recipes.blip import small_caption, small_pretrain, small_retrieval
 from openblip.train.ingredients import prepare
 from openblip.train.stage import cache_features, run_stage
 

@@ -1,7 +1,7 @@
 """Batches in an order that depends on the seed alone, built ahead by background threads.
 
-Batch number k of a run is a pure function of (seed, k): epoch and place follow from k, the order of an epoch
-from (seed, epoch), the random numbers of a sample from (seed, epoch, row). So the step number is all that
+Batch number k of a run is a pure function of (seed, k): its epoch and rows (`order.py`), and with them the
+random numbers of a sample, which follow from (seed, epoch, row). So the step number is all that
 resuming needs, and neither the number of processes nor that of threads changes what is trained on.
 
 Threads, not processes: decoding, resizing and tokenising release the interpreter lock, and threads need no
@@ -13,11 +13,13 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from openblip.config import UserError
+from openblip.data.order import BudgetedBatches, CountedBatches, Order
 from openblip.data.rows import BadRow, BadRows
 
 T = TypeVar("T")
@@ -26,9 +28,7 @@ R = TypeVar("R")
 Sample = dict[str, Any]
 Batch = dict[str, Any]
 
-# First words of seeds. Numpy fills short seeds up with zeros: [seed, epoch] would be [seed, epoch, 0].
-_ORDER, _SAMPLE = 1, 2
-_WINDOW = 64  # batches that are sorted by length together
+_SAMPLE = 2  # first word of a sample's seed; an epoch's order has another
 _MAX_DRAWS = 100  # rows tried for one place of a batch
 
 
@@ -39,6 +39,8 @@ class Dataset(Protocol):
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Sample `index`; all that is random about it comes from `rng`. Several threads call at once.
+
+        "problems" of a sample, if it has them, are BadRows for parts that it does without; the loader records them.
 
         Raises:
             BadRow: this sample cannot be used; the loader takes another.
@@ -56,14 +58,18 @@ class Loader:
     Args:
         dataset: samples by index.
         collate: the samples of a batch -> the batch.
-        batch_size: of the global batch, over all ranks.
+        batch_size: of the global batch, over all ranks. None: `batch_tokens` says how large it is.
         seed: not negative.
         rank, world_size: this process gets the `rank`-th of `world_size` equal, contiguous parts: what all
-            ranks gather in rank order is the batch of a single process.
+            ranks gather in rank order is the batch of a single process. (With `batch_tokens`: nearly equal.)
         workers: threads that build batches ahead, `workers` + 1 of them at most; 0 builds them when asked.
         drop_last: leave out what does not fill a batch at the end of an epoch (other rows in each epoch);
             otherwise the last batch is smaller.
         lengths: a number per row. Batches are made of rows of like length, which saves padding.
+        batch_tokens: budget of the global batch in place of a number of samples: it has as many rows, of like
+            length, as padded to the longest of `lengths` stay within. A bad row's place goes to one that is
+            short enough. Ranks then have different numbers of samples, so a loss must be a mean over tokens
+            by `distributed.global_mean`: what is a plain mean over samples counts those of a small part more.
         bad: counts and lists bad rows and ends the run when they are too many. Only batches that were handed
             out are counted, in order, so the list does not depend on `workers`.
     """
@@ -72,7 +78,7 @@ class Loader:
         self,
         dataset: Dataset,
         collate: Callable[[Sequence[Sample]], Batch],
-        batch_size: int,
+        batch_size: int | None,
         seed: int = 0,
         *,
         rank: int = 0,
@@ -80,6 +86,7 @@ class Loader:
         workers: int = 0,
         drop_last: bool = True,
         lengths: Sequence[int] | None = None,
+        batch_tokens: int | None = None,
         bad: BadRows | None = None,
     ) -> None:
         rows = len(dataset)
@@ -87,35 +94,34 @@ class Loader:
             raise ValueError(f"rank {rank} of {world_size}")
         if seed < 0 or workers < 0:
             raise UserError(f"seed and workers must not be negative, got {seed} and {workers}")
-        if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"batch_size {batch_size} cannot be shared equally by {world_size} process(es)")
-        if rows < (batch_size if drop_last else 1):
-            raise UserError(
-                f"{rows} rows do not fill one batch of {batch_size}: lower batch_size or add rows"
-            )
-        if not drop_last and rows % batch_size % world_size:
-            rest = f"the last {rows % batch_size} of {rows} rows"
-            raise UserError(f"{rest} cannot be shared equally by {world_size} processes")
+        if (batch_size is None) == (batch_tokens is None) or (batch_tokens is not None and lengths is None):
+            raise ValueError("wanted either batch_size, or batch_tokens and lengths")
         if lengths is not None and len(lengths) != rows:
             raise ValueError(f"{len(lengths)} lengths for {rows} rows")
-        self.dataset, self.collate, self.batch_size, self.seed = dataset, collate, batch_size, seed
-        self.rank, self.world_size, self.workers, self.drop_last = rank, world_size, workers, drop_last
-        self.lengths = None if lengths is None else np.asarray(lengths)
+        measured = None if lengths is None else np.asarray(lengths)
+        self.order: Order
+        if batch_size is not None:
+            _check_size(rows, batch_size, world_size, drop_last)
+            self.order = CountedBatches(rows, batch_size, seed, drop_last=drop_last, lengths=measured)
+        else:
+            assert measured is not None and batch_tokens is not None
+            if not drop_last and world_size > 1:
+                raise UserError("the rest of an epoch may be too small for several processes: drop it")
+            self.order = BudgetedBatches(
+                measured, batch_tokens, seed, drop_last=drop_last, world_size=world_size
+            )
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+        self.rank, self.world_size, self.workers = rank, world_size, workers
         self.bad = BadRows() if bad is None else bad
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # of the epoch last asked for
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in one pass over the data."""
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        """Global batches in one pass over the data; with `batch_tokens`, in the first: others differ a little."""
+        return self.order.steps_per_epoch
 
     def indices(self, number: int) -> np.ndarray:
         """Rows of global batch `number`, counted from 0 over all epochs: [batch_size] int64, all ranks'."""
-        epoch, place = divmod(number, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._epoch_order(epoch))
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self.order.batch(number)[1]
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """This rank's parts of the global batches from number `start` on, without end.
@@ -142,48 +148,53 @@ class Loader:
                     raise UserError(f"no good row in {_MAX_DRAWS} draws ({found}); the last: {problems[-1]}")
                 yield batch
 
-    def _jobs(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, this rank's rows) of each batch."""
+    def _jobs(self, start: int) -> Iterator["_Job"]:
         for number in itertools.count(start):
-            rows = self.indices(number)
-            share = len(rows) // self.world_size
-            yield number // self.steps_per_epoch, rows[self.rank * share : (self.rank + 1) * share]
+            epoch, rows = self.order.batch(number)
+            part = self.order.part(rows, self.rank, self.world_size)
+            yield _Job(epoch, part, self.order.replacements(rows))
 
-    def _build(self, job: tuple[int, np.ndarray]) -> tuple[int, Batch | None, list[BadRow]]:
+    def _build(self, job: "_Job") -> tuple[int, Batch | None, list[BadRow]]:
         """(number of samples, batch or None if a place stays empty, bad rows met). Changes nothing."""
-        epoch, rows = job
         samples: list[Sample] = []
         problems: list[BadRow] = []
-        for row in rows.tolist():
-            sample = self._sample(epoch, row, problems)
+        for row in job.rows.tolist():
+            sample = self._sample(job, row, problems)
             if sample is None:
                 return len(samples), None, problems
             samples.append(sample)
         return len(samples), self.collate(samples), problems
 
-    def _sample(self, epoch: int, row: int, problems: list[BadRow]) -> Sample | None:
-        rng = np.random.default_rng([_SAMPLE, self.seed, epoch, row])
+    def _sample(self, job: "_Job", row: int, problems: list[BadRow]) -> Sample | None:
+        rng = np.random.default_rng([_SAMPLE, self.seed, job.epoch, row])
         for _ in range(_MAX_DRAWS):
             try:
-                return self.dataset.get(row, rng)
+                sample = self.dataset.get(row, rng)
+                problems += sample.pop("problems", [])  # parts that it could do without
+                return sample
             except BadRow as error:
                 problems.append(error)
-            row = int(rng.integers(len(self.dataset)))
+            row = int(rng.choice(job.replacements))
         return None
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """All rows in the order of an epoch."""
-        rng = np.random.default_rng([_ORDER, self.seed, epoch])
-        order = rng.permutation(len(self.dataset))
-        if self.lengths is None:
-            return order
-        size = self.batch_size
-        full = len(order) // size * size
-        windows = np.split(order[:full], range(_WINDOW * size, full, _WINDOW * size))
-        sorted_windows = [rows[np.argsort(self.lengths[rows], kind="stable")] for rows in windows]
-        batches = np.concatenate(sorted_windows).reshape(-1, size)
-        batches = rng.permuted(rng.permutation(batches), axis=1)  # neither batches nor ranks come by length
-        return np.concatenate([batches.ravel(), order[full:]])
+
+@dataclass(frozen=True)
+class _Job:
+    """What a rank builds a batch from."""
+
+    epoch: int
+    rows: np.ndarray
+    replacements: np.ndarray | int  # rows that may take the place of a bad one, or how many all are
+
+
+def _check_size(rows: int, batch_size: int, world_size: int, drop_last: bool) -> None:
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(f"batch_size {batch_size} cannot be shared equally by {world_size} process(es)")
+    if rows < (batch_size if drop_last else 1):
+        raise UserError(f"{rows} rows do not fill one batch of {batch_size}: lower batch_size or add rows")
+    if not drop_last and rows % batch_size % world_size:
+        rest = f"the last {rows % batch_size} of {rows} rows"
+        raise UserError(f"{rest} cannot be shared equally by {world_size} processes")
 
 
 def prefetch(work: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:

@@ -14,6 +14,7 @@ Shapes: B texts, L tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +118,7 @@ class LmTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text alone. A lone surrogate, which JSON can hold and UTF-8 cannot, is read as "?"."""
-        sound = text.encode("utf-8", "replace").decode("utf-8")
-        return self._backend.encode(sound, add_special_tokens=False).ids
+        return self._backend.encode(_sound(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Generated ids [L] -> text, without special tokens and without what follows the end."""
@@ -199,22 +199,47 @@ class LmTokenizer:
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Messages in the form the language model was taught, up to where it answers."""
-        if not self.has_chat_template:
-            raise UserError("this language model has no chat template: give the prompt as plain text")
-        added = self._tokenizer.added_tokens_decoder.values()
-        control = [token.content for token in added if token.special]
         for message in messages:
-            for token in control:
-                if token in message["content"]:
-                    raise UserError(
-                        f"the message {_shown(message['content'])} holds the control token {token}"
-                    )
+            if (token := self.control_in(message["content"])) is not None:
+                raise UserError(f"the message {_shown(message['content'])} holds the control token {token}")
+        return self.encode_rendered(self.render(messages))
+
+    def control_in(self, text: str) -> str | None:
+        """The first control token that a text spells out, which in a chat would be one."""
+        return next((token for token in self._control if token in text), None)
+
+    def render(self, messages: Sequence[Message], template: str | None = None, *, answer: bool = True) -> str:
+        """Messages as the language model was taught to read them, or by another chat template (Jinja).
+
+        With `answer`, up to where it answers; else the messages alone.
+
+        Raises UserError: there is no template, or it does not take these messages.
+        """
+        if template is None and not self.has_chat_template:
+            raise UserError("this language model has no chat template: give the prompt as plain text")
         turns = [dict(message) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=answer
+            )
         except Exception as error:  # a template, somebody else's program, says no in whatever way it likes
             raise UserError(f"the chat template does not take these messages: {error}") from None
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of what `render` gave, or of a piece of it: control tokens are what they say."""
+        return self._with_control.encode(_sound(text), add_special_tokens=False).ids
+
+    @cached_property
+    def _control(self) -> list[str]:
+        added = self._tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special]
+
+    @cached_property
+    def _with_control(self) -> tokenizers.Tokenizer:
+        """A copy of our own, since the tokenizer of transformers changes its state when it is called."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def _padded(
         self, rows: Sequence[Sequence[int]], fill: int, padding: str = "right"
@@ -257,6 +282,10 @@ def split_for_prefix_lm(text: str, rng: np.random.Generator) -> tuple[str, str]:
     words = text.split()
     cut = int(rng.integers(max(1, len(words))))
     return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _shown(prompt: Prompt) -> str:

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from openblip.config import UserError
 from openblip.data.image import BadImage
+from openblip.data.video import Video
 
 # The names under which people keep things; the first of each that has a value in a record is taken.
 IMAGE_NAMES = (
@@ -25,6 +26,7 @@ IMAGE_NAMES = (
     *("img", "picture", "filename", "filepath", "jpg", "jpeg", "png", "webp", "file", "path"),
 )
 PAIR_NAMES = (("left_image", "right_image"), ("left", "right"), ("image0", "image1"), ("image_0", "image_1"))
+VIDEO_NAMES = ("video", "video_path", "video_file")
 CAPTION_NAMES = (
     *("captions", "caption", "texts", "text", "sentences", "sentence", "raw_caption", "alt_text", "alt"),
     *("comment", "description", "title"),
@@ -32,7 +34,8 @@ CAPTION_NAMES = (
 QUESTION_NAMES = ("question",)
 ANSWER_NAMES = ("answers", "answer")
 ID_NAMES = ("image_id", "img_id", "cocoid", "key")
-ROW_ID_NAMES = ("id", "uid")  # in a row with a question these name the question
+ROW_ID_NAMES = ("id", "uid")  # in a row with a question or a conversation these name it
+CHAT_NAMES = frozenset({"conversations", "messages", "chosen"})  # a row with one of these is a conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class ByteRange:
         return filesystem.cat_file(path, self.start, self.stop)
 
 
-Reference = str | bytes | ByteRange  # a local path, encoded bytes, or where they are: what `open_image` takes
+Reference = str | bytes | ByteRange | Video  # a local path, encoded bytes, or where they are; a video of such
 
 
 @dataclass(slots=True)
@@ -65,8 +68,10 @@ class Row:
     """One row. Which fields are filled depends on the task the data was made for.
 
     `id` names the picture, not the row: rows with equal ids show the same picture (the questions of VQA), and
-    the objectives rely on it. `images` has two entries for NLVR2, else one. `label` is as it was read.
-    `where` is for error messages. `extra` holds every other column, unchanged.
+    the objectives rely on it. `images` has two entries for NLVR2, any number for conversations and documents, else
+    one; a `Video` stands where an image could. `label` is as it was read. `where` is for error messages. `extra` holds
+    every other column, unchanged; of an interleaved document "document", its texts in order with None where the next
+    of `images` stands.
     """
 
     id: str
@@ -81,7 +86,9 @@ class Row:
 
     @property
     def image(self) -> Reference:
-        """The first image."""
+        """The first image. Raises BadRow: a conversation or document of text alone."""
+        if not self.images:
+            raise BadRow("missing_image", self.where, "the row is of text alone")
         return self.images[0]
 
 
@@ -92,8 +99,11 @@ class BadRow(UserError):
     `missing_instruction`, `missing_output`, `bad_label` (neither true nor false), `not_utf8`, `not_text`,
     `not_json`, `remote_image` (a URL elsewhere than the source itself), `columns` (more cells than the header
     has), `unknown_image` (a caption of an image the file does not list), `truncated_tar`, `no_features` (the
-    picture was bad when its features were computed), or one of `BadImage`. `where` names file and line; `detail`
-    is a sentence for people.
+    picture was bad when its features were computed), or one of `BadImage`; of conversations `missing_messages`,
+    `unknown_role`, `role_order` (turns do not alternate), `unknown_part`, `image_count` (not as many images as
+    markers), `too_many_images`, `too_long` (no room for anything to learn), `no_preference` (both answers are the
+    same), `video` (the model reads none), or one of `BadChat` or `BadVideo`. `where` names file and line; `detail` is
+    a sentence for people.
     """
 
     def __init__(self, reason: str, where: str, detail: str) -> None:
@@ -179,7 +189,7 @@ class RowReader:
         base: the folder, local or a URL, that relative image paths start from.
         prefix: put before file names in ids; what leads from the source's root to `base`, such as `"val/"`.
         image_column, caption_column: the only names looked at, if given.
-        require_captions: a row needs a caption or a question.
+        require_captions: a row needs a caption, a question, a conversation or a document.
     """
 
     base: str
@@ -193,7 +203,9 @@ class RowReader:
 
         Args:
             record: names to values. An image is a path, bytes, a `ByteRange`, Hugging Face's
-                {"bytes", "path"}, or a list of these; captions and answers are text or a list of texts.
+                {"bytes", "path"}, or a list of these; captions and answers are text or a list of texts. The images
+                of a conversation may stand in its messages, those of a document at their places. A video
+                comes after a row's images; a list is one of its frames.
             where: file and line, for messages.
             default_id: the id if no column has one and the image has no file name.
             split: the split of the whole file; None if a column may say.
@@ -202,18 +214,24 @@ class RowReader:
             BadRow: see there.
         """
         rest = {name: value for name, value in record.items() if not _is_blank(value)}
-        values = self._take_images(rest)
-        if not values or any(_is_blank(value) for value in values):
+        if is_document(rest):
+            return self._document(rest, where, default_id, split)
+        is_chat = not CHAT_NAMES.isdisjoint(record)
+        values = (message_images(rest) if is_chat else []) or self._take_images(rest)
+        if is_chat and values == [None]:
+            values = []
+        elif not values or any(_is_blank(value) for value in values):
             raise BadRow("missing_image", where, f"no image; the row has {_names(record)}")
         images = [self._locate(value, where) for value in values]
         names = (self.caption_column,) if self.caption_column else CAPTION_NAMES
         captions = _texts(_take(rest, names), where)
         question = " ".join(_texts(_take(rest, QUESTION_NAMES), where)) or None
-        if self.require_captions and not captions and question is None:
+        if self.require_captions and not captions and question is None and not is_chat:
             raise BadRow("missing_caption", where, f"no caption; the row has {_names(record)}")
-        row_id = _take(rest, ID_NAMES if question else ID_NAMES + ROW_ID_NAMES)
+        row_id = _take(rest, ID_NAMES if question or is_chat else ID_NAMES + ROW_ID_NAMES)
         if row_id is None:
-            paths = [self.prefix + value for value in values if isinstance(value, str)]
+            named = (value.source if isinstance(value, Video) else value for value in values)
+            paths = [self.prefix + value for value in named if isinstance(value, str)]
             row_id = "|".join(paths) or default_id
         split = split if split is not None else _take(rest, ("split",))
         return Row(
@@ -228,18 +246,54 @@ class RowReader:
             extra=rest,
         )
 
+    def _document(self, rest: dict[str, Any], where: str, default_id: str, split: str | None) -> Row:
+        """An interleaved document. What cannot be an image is kept: opening it fails, and it alone is left out."""
+        parts: list[Any] = []
+        images: list[Reference] = []
+        for text, image in zip(rest.pop("texts"), rest.pop("images"), strict=True):
+            if image is not None:
+                parts.append(None)
+                images.append(self._locate_if_possible(_embedded(image), where))
+            if not _is_blank(text):
+                parts.append(text)
+        row_id = _take(rest, ID_NAMES)
+        split = split if split is not None else _take(rest, ("split",))
+        return Row(
+            id=printable(str(row_id if row_id is not None else default_id)),
+            images=images,
+            captions=[],
+            split=None if split is None else str(split),
+            where=where,
+            extra={**rest, "document": parts},
+        )
+
+    def _locate_if_possible(self, value: Any, where: str) -> Reference:
+        try:
+            return self._locate(value, where)
+        except BadRow:
+            return str(value)
+
     def _take_images(self, rest: dict[str, Any]) -> list[Any]:
-        """The image values of a record, removed from it: two for a pair, several for a list."""
+        """The image values of a record, removed from it: two for a pair, several for a list; then its video."""
         if self.image_column is None:
             for left, right in PAIR_NAMES:
                 if left in rest and right in rest:
                     return [_embedded(rest.pop(left)), _embedded(rest.pop(right))]
-        value = _take(rest, (self.image_column,) if self.image_column else IMAGE_NAMES)
-        return [_embedded(item) for item in (value if isinstance(value, list) else [value])]
+        video = None if self.image_column else _take(rest, VIDEO_NAMES)
+        names = IMAGE_NAMES if video is None else IMAGE_NAMES[:2]  # `path` and the like: they are the video's
+        value = _take(rest, (self.image_column,) if self.image_column else names)
+        images = [_embedded(item) for item in (value if isinstance(value, list) else [value])]
+        if video is None:
+            return images
+        return [*(images if value is not None else []), _video(video)]
 
     def _locate(self, value: Any, where: str) -> Reference:
         if isinstance(value, bytes | ByteRange):
             return value
+        if isinstance(value, Video):
+            source = value.source
+            frames = [self._locate(one, where) for one in source] if isinstance(source, list) else None
+            return Video(self._locate(source, where) if frames is None else frames)
         if not isinstance(value, str):
             raise BadRow("missing_image", where, f"an image is a path or bytes, got {type(value).__name__}")
         protocol, separator, folder = self.base.rpartition("://")
@@ -260,9 +314,46 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def is_document(record: Mapping[str, Any]) -> bool:
+    """Whether `texts` and `images` are parallel lists in which one is None where the other stands (OBELICS)."""
+    texts, images = record.get("texts"), record.get("images")
+    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+        return False
+    return any(item is None for item in [*texts, *images])
+
+
+def is_image_part(part: Any) -> bool:
+    """Whether a part of a message's content is an image, or a video."""
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "video", "video_url")
+
+
+def message_images(record: Mapping[str, Any]) -> list[Any]:
+    """The images that the parts of messages bring, in order; none if the parts only say where images stand."""
+    found = []
+    for name in ("conversations", "messages", "prompt", "chosen"):
+        messages = record.get(name)
+        for message in messages if isinstance(messages, list) else []:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            for part in content if isinstance(content, list) else []:
+                if is_image_part(part):
+                    values = [
+                        part.get(key) for key in ("image", "video", "path", "url", "image_url", "video_url")
+                    ]
+                    value = next((value for value in values if not _is_blank(value)), None)
+                    value = value.get("url") if isinstance(value, dict) and "url" in value else value
+                    found.append(_video(value) if part["type"].startswith("video") and value else value)
+        if found:  # a `chosen` that repeats the prompt repeats its images
+            break
+    return [] if all(value is None for value in found) else [_embedded(value) for value in found]
+
+
 def _embedded(value: Any) -> Any:
     """Hugging Face's image struct to its bytes, or else its path."""
     return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+
+
+def _video(value: Any) -> Video:
+    return Video([_embedded(one) for one in value] if isinstance(value, list) else _embedded(value))
 
 
 def _is_blank(value: Any) -> bool:
@@ -288,19 +379,19 @@ def _texts(value: Any, where: str, numbers: bool = False) -> list[str]:
             continue
         if numbers and isinstance(item, int | float):
             item = str(item)
-        try:
-            if isinstance(item, bytes):
-                item = item.decode("utf-8")
-            elif isinstance(item, str):
-                item.encode("utf-8")  # refuses lone surrogates, which no tokenizer and no file would take
-            else:
-                _refuse_text(item, where)
-        except UnicodeError as error:
-            raise BadRow("not_utf8", where, f"text is not UTF-8: {error}") from error
-        if item := item.strip():
+        if item := read_text(item, where):
             texts.append(item)
     return texts
 
 
-def _refuse_text(item: Any, where: str) -> NoReturn:
+def read_text(item: Any, where: str) -> str:
+    """A text, stripped. Raises BadRow: it is none, or not UTF-8."""
+    try:
+        if isinstance(item, bytes):
+            return item.decode("utf-8").strip()
+        if isinstance(item, str):
+            item.encode("utf-8")  # refuses lone surrogates, which no tokenizer and no file would take
+            return item.strip()
+    except UnicodeError as error:
+        raise BadRow("not_utf8", where, f"text is not UTF-8: {error}") from error
     raise BadRow("not_text", where, f"a text is wanted, got {type(item).__name__}: {str(item)[:80]}")

@@ -4,6 +4,8 @@
 - a csv or jsonl file: the same, image paths relative to the file
 - a json file: COCO's captions, Karpathy's splits, or a list of objects
 - parquet, a file or a folder of files: images as bytes, as {bytes, path}, or as paths
+- conversations (`conversations` or `messages`) and interleaved documents (`texts`, `images`) in any of these
+- videos (`video`) in place of images, in all but tars
 - tars as img2dataset and webdataset write them: one, a folder, or a pattern such as `{00000..00031}.tar`
 - a folder of pictures, if captions are not required
 
@@ -30,9 +32,11 @@ from openblip.data import discover, tables
 from openblip.data.lines import Columns
 from openblip.data.rows import (
     CAPTION_NAMES,
+    CHAT_NAMES,
     IMAGE_NAMES,
     PAIR_NAMES,
     QUESTION_NAMES,
+    VIDEO_NAMES,
     BadRow,
     BadRows,
     ByteRange,
@@ -78,7 +82,8 @@ def open_source(
         image_column: the column with the image, if it has none of the usual names.
         caption_column: the column with the caption or captions, likewise.
         image_root: where relative image paths start, if not at the file that names them.
-        require_captions: False accepts rows with neither caption nor question: pictures to caption or to index.
+        require_captions: False accepts rows with neither caption nor question nor conversation: pictures to
+            caption or to index.
         cache_dir: where tables are kept; by default with Hugging Face's (`HF_DATASETS_CACHE`).
 
     Raises:
@@ -276,12 +281,12 @@ class Source:
             name = getattr(reader, option)
             if name is not None and name not in self.columns:
                 raise UserError(f"{self.path}: there is no column {name!r} ({option}); there are: {found}")
-        usual = {*IMAGE_NAMES, *itertools.chain(*PAIR_NAMES)}
+        usual = {*IMAGE_NAMES, *itertools.chain(*PAIR_NAMES), *VIDEO_NAMES, *CHAT_NAMES}
         if reader.image_column is None and usual.isdisjoint(self.columns):
             raise UserError(
                 f"{self.path}: which column is the image? Name it with image_column=; there are: {found}"
             )
-        usual = {*CAPTION_NAMES, *QUESTION_NAMES}
+        usual = {*CAPTION_NAMES, *QUESTION_NAMES, *CHAT_NAMES}
         if reader.require_captions and reader.caption_column is None and usual.isdisjoint(self.columns):
             raise UserError(
                 f"{self.path}: which column is the caption? Name it with caption_column=, or open it with "

@@ -95,13 +95,16 @@ def captioning(
     """
     if not pipeline.can_caption:
         raise UserError(f"captioning: this {type(pipeline.model).__name__} model has no part for it")
-    config = generation_config({"min_new_tokens": 3, **pipeline.caption_options, **generation})
-    if embeds is None:
-        embeds = from_pictures(pipeline)
+    settings = {"min_new_tokens": 3, **pipeline.caption_options, **generation}
     written: list[str] = []
-    for start in range(0, len(rows), pipeline.batch_size):
-        seen = _on(pipeline, embeds(rows[start : start + pipeline.batch_size]))
-        written += [texts[0] for texts in pipeline.caption_embeds(seen, prompt, config)]
+    if embeds is None:
+        said = pipeline.caption([row.image for row in rows], prompt, **settings)
+        written = [texts if isinstance(texts, str) else texts[0] for texts in said]
+    else:
+        config = generation_config(settings)
+        for start in range(0, len(rows), pipeline.batch_size):
+            seen = _on(pipeline, embeds(rows[start : start + pipeline.batch_size]))
+            written += [texts[0] for texts in pipeline.caption_embeds(seen, prompt, config)]
     predictions = {row.id: text for row, text in zip(rows, written, strict=True)}
     scores = caption_scores(predictions, {row.id: row.captions for row in rows})
     return {**scores, "captions": predictions}

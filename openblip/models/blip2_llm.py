@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openblip.config import ConfigError
@@ -189,26 +188,8 @@ class Blip2Llm(nn.Module):
         loss, is InstructBLIP's; 1 takes the mean over tokens. The prefix is run once per image, then `chunk`
         answers of each at a time.
         """
-        images = len(prompt_ids)
-        answer_ids, answer_mask = (x.expand(images, -1, -1) for x in (answer_ids, answer_mask))
         decoding = self.lm.decode(soft_prompt, prompt_ids, prompt_mask)
-        decoding.require_room(answer_ids.shape[-1])
-        first = decoding.states(decoding.start_ids, None)[:, -1:]  # [B, 1, D]
-        scores = []
-        for ids, mask in zip(answer_ids.split(chunk, dim=1), answer_mask.split(chunk, dim=1)):
-            rows = torch.arange(images, device=ids.device).repeat_interleave(ids.shape[1])
-            labels = ids.masked_fill(mask == 0, -100).flatten(0, 1)  # [R, L]
-            states = first[rows]
-            if labels.shape[1] > 1:
-                behind = decoding.fork().states(ids.flatten(0, 1)[:, :-1], rows)
-                states = torch.cat([states, behind], dim=1)
-            wanted = labels != -100
-            logits = self.lm.logits(states[wanted])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses = F.cross_entropy(logits, labels[wanted], reduction="none")
-            total = losses.new_zeros(labels.shape).masked_scatter(wanted, losses).sum(dim=1)
-            scores.append((-total / wanted.sum(dim=1) ** length_penalty).view(images, -1))
-        return torch.cat(scores, dim=1)
+        return decoding.rank(answer_ids, answer_mask, length_penalty=length_penalty, chunk=chunk)
 
     def _begin(
         self,

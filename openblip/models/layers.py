@@ -4,6 +4,7 @@ Shapes: B images, R rows of queries, L query tokens, N memory tokens, D width, H
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,3 +168,11 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def recompute_activations_(model: nn.Module, enabled: bool) -> None:
+    """Tell a model of transformers to recompute its layers' activations in the backward pass, or not to."""
+    # Newer versions call it activation checkpointing, and warn at the name that older ones know.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    switch: Any = getattr(model, f"{kind}_checkpointing_{'enable' if enabled else 'disable'}")
+    switch({"use_reentrant": False}) if enabled else switch()

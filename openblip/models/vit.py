@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
-from openblip.models.layers import Attention, DropPath, LayerScale, Mlp, init_weights
+from openblip.models.layers import (
+    Attention,
+    DropPath,
+    LayerScale,
+    Mlp,
+    init_weights,
+    recompute_activations_,
+)
 
 
 @dataclass
@@ -38,7 +45,7 @@ class VisionConfig:
     backbone: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.backbone is None and self.image_size % self.patch_size:  # SigLIP leaves out what is over
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
@@ -175,12 +182,7 @@ class HuggingFaceVision(nn.Module):
 
     def set_grad_checkpointing(self, blocks: int | bool = True) -> None:
         """Recompute activations in the backward pass (the backbone decides which)."""
-        # Newer transformers call it activation checkpointing, and warn at the name that older ones know.
-        kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
-        if blocks:
-            getattr(self.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(self.model, f"{kind}_checkpointing_disable")()
+        recompute_activations_(self.model, bool(blocks))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S] -> [B, N, D].

@@ -43,7 +43,8 @@ from openblip.eval.benchmarks import captioning, from_cache, retrieval
 from openblip.eval.metrics import filter_scores
 from openblip.hub import Pretrained, load_pretrained
 from openblip.quickstart.noise import plant_noise, split
-from openblip.recipes import Recipe, small_caption, small_pretrain, small_retrieval
+from openblip.recipes import Recipe
+from openblip.recipes.blip import small_caption, small_pretrain, small_retrieval
 from openblip.train.ingredients import prepare
 from openblip.train.stage import cache_features, run_stage
 

@@ -11,29 +11,32 @@
 Frozen weights are not stored: they come with the task, and their hashes tell whether they are the same still.
 A parameter without gradient that changes all the same (a momentum encoder's) is not frozen: the task lists
 its name, or the name of its module, in the attribute `twins`.
+
+All tensors are stored whole, whether a run keeps them in shards or not. Of several processes, all call `save`
+and `load_`: shards are gathered, rank 0 writes, and each reads.
 """
 
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openblip.config import UserError
+from openblip.train import distributed
 from openblip.train.optim import Ema
+from openblip.train.rng import RngState
+from openblip.train.shard import full, shared_like
 
 FORMAT = 1
-RngState = dict[str, Tensor]
 
 _PUBLISHED = re.compile(r"step-\d{8,}")
 _REQUIRED = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -62,7 +65,7 @@ class _Parts:
 
 
 def frozen_hashes(task: nn.Module) -> dict[str, str]:
-    """sha256 of each frozen weight of `task` (its dtype, shape and bytes), by name."""
+    """sha256 of each frozen weight of `task` (its dtype, shape and bytes), by name. Every rank calls this."""
     return {name: _tensor_hash(tensor) for name, tensor in _parts(task).frozen.items()}
 
 
@@ -81,7 +84,8 @@ def save(
     """Publish a checkpoint; remove all but the newest `keep`, and what killed processes left half-written.
 
     Everything is written beside its final place, hashed and synced to the disk; one rename publishes it.
-    Killed at any moment, it leaves what was published before as it was. For one process per run folder.
+    Killed at any moment, it leaves what was published before as it was. Every rank calls this, and all but
+    rank 0 return before it is published.
 
     Args:
         step: optimizer steps done so far; names the checkpoint.
@@ -90,7 +94,7 @@ def save(
         extra: more to keep in state.json (what JSON can hold), given back by `load_`.
 
     Returns:
-        The published folder.
+        The folder, published or soon to be.
 
     Raises:
         CheckpointError: this step is published already.
@@ -98,7 +102,8 @@ def save(
     """
     root = Path(run_dir) / "checkpoints"
     target = root / f"step-{step:08d}"
-    if target.exists():
+    is_main = distributed.is_main()
+    if is_main and target.exists():
         raise CheckpointError(f"{target}: exists already")
     parts = _parts(task)
     changed = [name for name, tensor in parts.frozen.items() if _tensor_hash(tensor) != frozen.get(name)]
@@ -120,14 +125,22 @@ def save(
     if ema is not None:
         files["ema"] = ema.weights
 
-    root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".tmp-*"):
-        shutil.rmtree(left)
     temporary = root / f".tmp-{target.name}-{os.getpid()}"
-    temporary.mkdir()
+    if is_main:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(".tmp-*"):
+            shutil.rmtree(left)
+        temporary.mkdir()
     for stem, tensors in files.items():
-        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(flat, temporary / f"{stem}.safetensors")
+        flat: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            whole = full(tensor)
+            if is_main:
+                flat[name] = whole.cpu().contiguous()
+        if is_main:
+            save_file(flat, temporary / f"{stem}.safetensors")
+    if not is_main:
+        return target
     _write_json(temporary / "state.json", state)
     manifest = {file.name: _file_entry(file) for file in sorted(temporary.iterdir())}
     _write_json(temporary / "manifest.json", manifest)
@@ -201,51 +214,16 @@ def load_(
 
     with torch.no_grad():
         for name, tensor in parts.kept.items():
-            tensor.copy_(model[name])
+            tensor.copy_(shared_like(model[name], tensor))
         if ema is not None:
             for name, tensor in ema.weights.items():
-                tensor.copy_(averages[name])
+                tensor.copy_(shared_like(averages[name], tensor))
 
     rng: dict[int, RngState] = {}
     for key, value in load_file(path / "rng.safetensors").items():
         rank, name = key.split(".", 1)
         rng.setdefault(int(rank), {})[name] = value
     return Resumed(state["step"], [rng[rank] for rank in sorted(rng)], state["extra"])
-
-
-def rng_state() -> RngState:
-    """The global random states of Python, numpy, torch and the current GPU, if any, as uint8 tensors."""
-    _, words, gauss = random.getstate()
-    _, key, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
-    state = {
-        "python": _json_bytes([words, gauss]),
-        "numpy": _json_bytes(["MT19937", key.tolist(), position, has_gauss, cached]),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state_(state: RngState) -> None:
-    """Set the global random states to what `rng_state` gave."""
-    words, gauss = json.loads(state["python"].numpy().tobytes())
-    random.setstate((3, tuple(words), gauss))
-    np.random.set_state(tuple(json.loads(state["numpy"].numpy().tobytes())))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_rng_(*numbers: int) -> None:
-    """Seed Python, numpy and torch, each differently, from all of `numbers` (a seed and a rank, say).
-
-    Adding the rank to the seed would make rank 1 of seed 0 repeat what rank 0 of seed 1 does.
-    """
-    for_python, for_numpy, for_torch = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(for_python))
-    np.random.seed(int(for_numpy))
-    torch.manual_seed(int(for_torch))
 
 
 def _parts(task: nn.Module) -> _Parts:
@@ -292,7 +270,11 @@ def _load_optimizer_(file: Path, task: nn.Module, optimizer: torch.optim.Optimiz
         odd = [f"{name}.{key}" for key, t in state.items() if t.ndim and t.shape != kept[name].shape]
         if odd:
             raise CheckpointError(f"{file}: of another shape than the weight: {_some(odd)}")
-    by_index = {index: tensors[name] for index, name in enumerate(order) if name in tensors}
+    by_index = {
+        index: {key: shared_like(t, kept[name]) if t.ndim else t for key, t in tensors[name].items()}
+        for index, name in enumerate(order)
+        if name in tensors
+    }
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -357,7 +339,7 @@ def _file_entry(file: Path) -> dict[str, Any]:
 
 
 def _tensor_hash(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous()
+    plain = full(tensor).cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {list(plain.shape)} ".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -374,10 +356,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _json_bytes(value: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def _some(names: Iterable[str], shown: int = 5) -> str:

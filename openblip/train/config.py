@@ -16,6 +16,7 @@ class TrainConfig:
 
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 64  # samples of one micro-batch, all ranks together
+    batch_tokens: int | None = None  # of one micro-batch, padding included, in place of `batch_size` samples
     accumulate: int = 1  # micro-batches per optimizer step
     lr: float = 3e-4
     min_lr: float = 0.0
@@ -30,6 +31,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0  # of the whole gradient; None: no clipping
     precision: Precision = "fp32"  # of the forward pass; weights are float32 in either
     grad_checkpointing: bool = False
+    shard: bool = False  # each process holds its part of weights, gradients and moments: train/shard.py
     loss_weights: dict[str, float] = field(default_factory=dict)  # by loss name; 1 where nothing is said
     ema_decay: float | None = None  # None: no averaged twin of the weights
     seed: int = 0
@@ -45,7 +47,7 @@ class TrainConfig:
 
         for name in ("max_steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("steps_per_epoch", "eval_every", "save_every"):
+        for name in ("batch_tokens", "steps_per_epoch", "eval_every", "save_every"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more, or null")
         check("lr", 0 < self.lr < math.inf, "a number above 0")
         check("min_lr", 0 <= self.min_lr <= self.lr, f"0 to lr ({self.lr})")

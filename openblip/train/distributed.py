@@ -19,6 +19,8 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from openblip.train.shard import Sharded
+
 
 def init_from_env() -> torch.device:
     """Join the process group that `torchrun` describes in the environment, if any; this process's device."""
@@ -110,14 +112,19 @@ def gather_objects(value: Any) -> list[Any]:
     return everyone
 
 
-def wrap(task: nn.Module) -> nn.Module:
-    """`task` as DDP trains it: gradients averaged, weights and buffers first rank 0's. Itself if alone.
+def wrap(task: nn.Module, shard: bool = False) -> nn.Module:
+    """`task` as several processes train it, weights and buffers first rank 0's. Itself if alone.
+
+    DDP averages the gradients; with `shard`, no rank keeps more than its part of weights, gradients and
+    moments (see train/shard.py).
 
     Buffers are not sent around later: a queue is large, and filled with gathered features it is the same on
     every rank anyway. A task must keep to that: what enters a buffer is gathered first.
     """
     if world_size() == 1:
         return task
+    if shard:
+        return Sharded(task)
     device = next(task.parameters()).device
     return DistributedDataParallel(
         task,
@@ -128,5 +135,19 @@ def wrap(task: nn.Module) -> nn.Module:
 
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Forward and backward without averaging gradients: for all micro-batches of a step but the last."""
+    """Forward and backward without averaging gradients: for all micro-batches of a step but the last.
+
+    In shards they are averaged each time: until then, every rank holds the whole gradient.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def whole(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The task behind `wrap` with whole weights on every rank, for a `with` block, which every rank enters."""
+    return model.whole() if isinstance(model, Sharded) else contextlib.nullcontext()
+
+
+def unshard_(model: nn.Module) -> None:
+    """Make the task behind `wrap` whole again on every rank, for good; every rank calls this."""
+    if isinstance(model, Sharded):
+        model.unshard_()

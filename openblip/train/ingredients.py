@@ -9,6 +9,7 @@ from torch import nn
 from openblip.config import UserError
 from openblip.convert import parts
 from openblip.convert.lm import LmDtype, lm_folder, load_lm
+from openblip.convert.tower import load_tower_
 from openblip.data.collate import PairCollator, PairDataset, Rows
 from openblip.data.loader import Loader
 from openblip.data.prompts import LmTokenizer
@@ -18,12 +19,14 @@ from openblip.hub import Pretrained, load_pretrained
 from openblip.models.blip import Blip, without_decoder, without_encoder
 from openblip.models.blip2 import Blip2, Blip2Config, without_heads
 from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from openblip.models.blip3 import Blip3Config
 from openblip.models.blip_nlvr import BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
 from openblip.models.text import TextTransformer
 from openblip.models.vit import VisionTransformer
 from openblip.recipes import Recipe
+from openblip.train.ingredients_blip3 import blip3_model
 from openblip.train.start import calibrate_blip2_, calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
 
 # What a stage takes from the model it begins with.
@@ -44,7 +47,7 @@ class Ingredients:
     """
 
     model: Any
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: all that is read, the language model reads
     transform: ImageTransform
     frozen: dict[str, str] = field(default_factory=dict)
     lm_tokenizer: LmTokenizer | None = None
@@ -61,6 +64,10 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
     """
     torch.manual_seed(recipe.train.seed)
     has_start = init is not None or recipe.init is not None
+    if recipe.stage.startswith("blip3"):
+        if init is None and recipe.init is not None:
+            init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
+        return _blip3(recipe, init)
     if recipe.stage not in ("blip2_stage2", "instruct"):
         has_start = has_start or bool(recipe.vision_init or recipe.text_init)
     if recipe.stage not in ("clip", "pretrain", "blip2_stage1") and not has_start:
@@ -117,6 +124,13 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
     return Ingredients(model, init.tokenizer, init.transform, frozen, words)
 
 
+def _blip3(recipe: Recipe, init: Pretrained | None) -> Ingredients:
+    model, words = blip3_model(recipe, init)
+    transform = init.transform if init is not None and init.transform is not None else _transform(recipe)
+    frozen = _named_parts(recipe) if init is None else init.frozen
+    return Ingredients(model, None, transform, frozen, words)
+
+
 def _instructed(model: Blip2Llm) -> Blip2Llm:
     """The model as an InstructBLIP: its Q-Former reads the instruction, and the heads of stage 1 are gone."""
     if model.config.qformer_text:
@@ -134,13 +148,13 @@ def _instructed(model: Blip2Llm) -> Blip2Llm:
 
 
 def _named_parts(recipe: Recipe) -> dict[str, str]:
-    """The parts of a fresh BLIP-2 that stay as their packages have them, which need not be saved."""
-    found = {}
-    if isinstance(recipe.system, Blip2Config):
-        if recipe.system.freeze_vision and recipe.vision_init == "dinov2_small":
-            found["vision"] = "dinov2_small"
-        if recipe.system.qformer.freeze_words and recipe.text_init == "minilm":
-            found["qformer.word"] = "minilm_words"
+    """The parts of a fresh BLIP-2 or BLIP-3 that stay as their packages have them, which need not be saved."""
+    system, found = recipe.system, {}
+    is_bridge = isinstance(system, Blip2Config | Blip3Config) and system.freeze_vision
+    if is_bridge and recipe.vision_init == "dinov2_small":
+        found["vision"] = "dinov2_small"
+    if isinstance(system, Blip2Config) and system.qformer.freeze_words and recipe.text_init == "minilm":
+        found["qformer.word"] = "minilm_words"
     return found
 
 
@@ -184,7 +198,8 @@ def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
 def _fresh_blip(recipe: Recipe) -> Blip:
     """A new BLIP, with pretrained parts where the recipe names them."""
     model = Blip(recipe.model)
-    _vision_init_(model, recipe)
+    if recipe.vision_init is not None:
+        load_tower_(model.vision, recipe.vision_init)
     if recipe.text_init == "minilm":
         parts.minilm_text_(model.text_encoder)
         parts.minilm_text_(model.text_decoder)
@@ -196,7 +211,8 @@ def _fresh_blip2(recipe: Recipe) -> Blip2:
     geometry = recipe.system
     assert isinstance(geometry, Blip2Config)
     model = Blip2(geometry)
-    _vision_init_(model, recipe)
+    if recipe.vision_init is not None:
+        load_tower_(model.vision, recipe.vision_init)
     if recipe.text_init == "minilm":
         bert = TextTransformer(parts.minilm_text_config())
         parts.minilm_text_(bert)
@@ -204,19 +220,15 @@ def _fresh_blip2(recipe: Recipe) -> Blip2:
     return model
 
 
-def _vision_init_(model: Blip | Blip2, recipe: Recipe) -> None:
-    """The pretrained vision tower that the recipe names, if it names one."""
-    if recipe.vision_init == "dinov2_small":
-        vision = recipe.system.vision
-        tower = parts.dinov2_small(vision.image_size, vision.num_hidden_layers)
-        model.vision.load_state_dict(tower.state_dict())
-
-
 def _transform(recipe: Recipe) -> ImageTransform:
-    """The deterministic transform of a fresh model: BLIP squashes; DINOv2 was trained with ImageNet's statistics."""
-    dino = recipe.vision_init == "dinov2_small"
-    mean, std = (parts.DINOV2_MEAN, parts.DINOV2_STD) if dino else (CLIP_MEAN, CLIP_STD)
-    return ImageTransform(recipe.system.vision.image_size, mean, std)
+    """The deterministic transform of a fresh model: BLIP squashes; a tower wants the statistics it was trained with."""
+    vision = recipe.system.vision
+    kind = (vision.backbone or {}).get("model_type", "")
+    if recipe.vision_init == "dinov2_small" or kind.startswith("dinov2"):
+        return ImageTransform(vision.image_size, parts.DINOV2_MEAN, parts.DINOV2_STD)
+    if kind.startswith("siglip"):
+        return ImageTransform(vision.image_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return ImageTransform(vision.image_size, CLIP_MEAN, CLIP_STD)
 
 
 def _for_stage(recipe: Recipe, start: Any) -> nn.Module:

@@ -13,6 +13,8 @@ and, where it has use for them,
     no_decay: collection of names         parameters without weight decay, beside those that never have it
     lr_scale(name) -> float               factor on the learning rate of a parameter (layer-wise decay)
     set_grad_checkpointing(True)          recompute activations in the backward pass
+    shard_units() -> list of modules      layers of a large model, for `TrainConfig.shard` (see shard.py); raises
+                                          UserError if the task cannot be sharded
 
 What decides the next step is the task's state, the optimizer's, the random states and the step number, which
 also gives the place in the data. A checkpoint holds just that: a run that was stopped and resumed is the run
@@ -35,6 +37,8 @@ from openblip.config import ConfigError, UserError, to_dict
 from openblip.train import checkpoint, distributed, optim
 from openblip.train.config import TrainConfig
 from openblip.train.log import RunLog, StepMetrics
+from openblip.train.rng import RngState, rng_state, seed_rng_, set_rng_state_
+from openblip.train.shard import full
 from openblip.train.signals import StopSignals
 
 Batch = dict[str, Any]
@@ -42,7 +46,7 @@ Evaluate = Callable[[nn.Module, int], dict[str, float]]
 Evaluations = list[tuple[int, dict[str, float]]]  # (steps done, values by name)
 
 # What a run cannot change and keep its place in the data.
-_DATA_POSITION = ("batch_size", "accumulate", "seed")
+_DATA_POSITION = ("batch_size", "batch_tokens", "accumulate", "seed")
 
 
 class Loader(Protocol):
@@ -52,7 +56,7 @@ class Loader(Protocol):
         """This rank's share of the global micro-batches from number `start` on, without end.
 
         The same whenever it is called: nothing may depend on, or draw from, the global random states. "ids"
-        or "image_ids" of a batch name its samples when something is wrong with them.
+        or "image_ids" of a batch name its samples when something is wrong with them, and tell how many came.
         """
         ...
 
@@ -86,12 +90,13 @@ def fit(
     """Train `task` in place up to optimizer step `config.max_steps`, from the newest checkpoint in `run_dir`.
 
     SIGTERM or SIGINT saves at the next step boundary and returns; a second SIGINT raises KeyboardInterrupt at
-    once. Sets Python's, numpy's and torch's global random states: from the seed, or from the checkpoint.
+    once. Sets Python's, numpy's and torch's global random states: from the seed, or from the checkpoint. With
+    `config.shard`, the task is whole again on every rank afterwards; only an error leaves it in shards.
 
     Args:
         evaluate: `evaluate(task, step)` gives numbers by name. Every rank calls it, in eval mode, without
-            gradients, with the averaged weights if there are any. It cannot influence training: random states
-            and training mode are put back.
+            gradients, with the averaged weights if there are any, and all weights whole. It cannot influence
+            training: random states and training mode are put back.
         resume: False refuses a folder that holds checkpoints, so that nothing is overwritten.
         run_config: dataclass to keep as the run folder's config.json; `config` if None.
 
@@ -106,13 +111,13 @@ def fit(
     _check_task(task, config)
     if config.grad_checkpointing:
         task.set_grad_checkpointing(True)  # type: ignore[operator]  # to mypy an nn.Module has tensors only
+    model = distributed.wrap(task, config.shard)  # first: the optimizer holds weights as they are trained
     run = _Run(task, config, Path(run_dir))
     begin = _begin_(run, resume)
-    model = distributed.wrap(task)
 
     step, saved, losses, evaluations = begin.step, begin.checkpoint, begin.losses, begin.evaluations
     is_stopping = False
-    busy, unlogged = 0.0, 0  # seconds and steps since the last logged one, without evaluating and saving
+    busy, samples = 0.0, 0  # seconds and samples since the last logged step, without evaluating and saving
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(
             RunLog(
@@ -131,12 +136,12 @@ def fit(
         batches = loader.batches(step * config.accumulate)
         if hasattr(batches, "close"):
             stack.callback(batches.close)  # workers end with the run, not when someone collects garbage
-        checkpoint.set_rng_state_(begin.rng)  # last: whatever came before may have drawn numbers
+        set_rng_state_(begin.rng)  # last: whatever came before may have drawn numbers
 
         def evaluate_if_due() -> None:
             is_due = step == config.max_steps or (step > 0 and _is_multiple(step, config.eval_every))
             if evaluate is not None and is_due and step not in (done for done, _ in evaluations):
-                evaluations.append((step, _evaluate(evaluate, run, step)))
+                evaluations.append((step, _evaluate(evaluate, run, model, step)))
                 log.evaluation(*evaluations[-1])
 
         evaluate_if_due()  # a signal may have stopped the run right before
@@ -149,8 +154,8 @@ def fit(
             micro = _forward_backward(model, batches, config, step)
             if step == begin.step and (unused := run.without_gradient()):
                 log.note(f"no gradient reaches {unused}")
-            norm = nn.utils.get_total_norm([p.grad for p in run.weights if p.grad is not None])
-            losses, grad_norm, is_stopping = _agree(micro, norm, stop.is_requested)
+            norm = full(nn.utils.get_total_norm([p.grad for p in run.weights if p.grad is not None]))
+            losses, grad_norm, came, is_stopping = _agree(micro, norm, stop.is_requested)
             _check_finite(run, step, losses, grad_norm, micro)
             if config.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(run.weights, config.clip_norm, norm)
@@ -158,14 +163,13 @@ def fit(
             if run.ema is not None:
                 run.ema.update_(task, step)
             step += 1
-            busy, unlogged = busy + time.perf_counter() - began, unlogged + 1
+            busy, samples = busy + time.perf_counter() - began, samples + came
 
             log.advance(step)
             if step == config.max_steps or _is_multiple(step, config.log_every):
                 total = sum(config.loss_weights.get(name, 1.0) * value for name, value in losses.items())
-                rate = unlogged * config.batch_size * config.accumulate / busy
-                log.step(step, StepMetrics(total, losses, lr, grad_norm, rate))
-                busy, unlogged = 0.0, 0
+                log.step(step, StepMetrics(total, losses, lr, grad_norm, samples / busy))
+                busy, samples = 0.0, 0
             if not is_stopping:  # whoever sent SIGTERM does not wait long
                 evaluate_if_due()
             if is_stopping or step == config.max_steps or _is_multiple(step, config.save_every):
@@ -173,6 +177,9 @@ def fit(
                 log.draw()
         if is_stopping:
             log.note(f"stopped after step {step}, saved in {saved}; the same call goes on from there")
+    distributed.unshard_(model)
+    if run.ema is not None:
+        run.ema.weights = {name: full(weight) for name, weight in run.ema.weights.items()}
     assert saved is not None  # max_steps is at least 1: a checkpoint was there, or the last step made one
     return FitResult(step, losses, evaluations, is_stopping, saved, run.ema)
 
@@ -216,7 +223,7 @@ class _Begin:
     """Where a run begins or goes on."""
 
     step: int
-    rng: checkpoint.RngState
+    rng: RngState
     checkpoint: Path | None = None
     losses: dict[str, float] = field(default_factory=dict)
     evaluations: Evaluations = field(default_factory=list)
@@ -230,6 +237,7 @@ class _Micro:
     names: list[str]
     values: Tensor  # [accumulate, losses]
     ids: list[list[Any]]  # of the samples, by micro-batch
+    samples: int  # how many there were
 
 
 def _check_task(task: nn.Module, config: TrainConfig) -> None:
@@ -241,7 +249,7 @@ def _check_task(task: nn.Module, config: TrainConfig) -> None:
         )
     if config.grad_checkpointing and not hasattr(task, "set_grad_checkpointing"):
         raise UserError(f"grad_checkpointing is on, but {type(task).__name__} has no set_grad_checkpointing")
-    if config.batch_size % distributed.world_size():
+    if config.batch_tokens is None and config.batch_size % distributed.world_size():
         world = distributed.world_size()
         raise UserError(f"batch_size {config.batch_size} cannot be shared equally by {world} processes")
 
@@ -251,8 +259,8 @@ def _begin_(run: _Run, resume: bool) -> _Begin:
     rank, world = distributed.rank(), distributed.world_size()
     newest = checkpoint.latest(run.folder)
     if newest is None:
-        checkpoint.seed_rng_(run.config.seed, rank)
-        return _Begin(0, checkpoint.rng_state())
+        seed_rng_(run.config.seed, rank)
+        return _Begin(0, rng_state())
     if not resume:
         raise UserError(
             f"{run.folder}: holds {newest.name} of an earlier run; resume it or choose another folder"
@@ -260,7 +268,7 @@ def _begin_(run: _Run, resume: bool) -> _Begin:
     found = checkpoint.load_(newest, run.task, run.optimizer, ema=run.ema, frozen=run.frozen)
     if found.step > run.config.max_steps:
         raise UserError(f"{newest}: is beyond max_steps {run.config.max_steps}; nothing is left to train")
-    before, now = found.extra["config"], to_dict(run.config)
+    before, now = to_dict(TrainConfig()) | found.extra["config"], to_dict(run.config)
     changed = {k: f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in now if before.get(k) != now[k]}
     moved = [changed[key] for key in _DATA_POSITION if key in changed]
     if moved:
@@ -272,8 +280,8 @@ def _begin_(run: _Run, resume: bool) -> _Begin:
         rng = found.rng[rank]
     else:
         notes.append(f"{len(found.rng)} processes before, {world} now: the random states begin anew")
-        checkpoint.seed_rng_(run.config.seed, rank, found.step)
-        rng = checkpoint.rng_state()
+        seed_rng_(run.config.seed, rank, found.step)
+        rng = rng_state()
     evaluations = [(step, values) for step, values in found.extra["evaluations"]]
     return _Begin(found.step, rng, newest, found.extra["losses"], evaluations, notes)
 
@@ -282,7 +290,7 @@ def _forward_backward(model: nn.Module, batches: Iterator[Batch], config: TrainC
     """Forward and backward over the micro-batches of one step; the gradients are left in the parameters."""
     device = next(model.parameters()).device
     names: list[str] = []
-    values, ids = [], []
+    values, ids, samples = [], [], 0
     for number in range(config.accumulate):
         batch = next(batches, None)
         if batch is None:
@@ -291,7 +299,9 @@ def _forward_backward(model: nn.Module, batches: Iterator[Batch], config: TrainC
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         is_last = number == config.accumulate - 1
         with contextlib.nullcontext() if is_last else distributed.no_sync(model):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            # No cache in shards: it would keep a copy of every weight until the forward pass ends.
+            is_bf16, caches = config.precision == "bf16", not config.shard
+            with torch.autocast(device.type, torch.bfloat16, is_bf16, cache_enabled=caches):
                 losses = model(batch)
             names = names or list(losses)
             _check_losses(losses, names, config)
@@ -299,7 +309,8 @@ def _forward_backward(model: nn.Module, batches: Iterator[Batch], config: TrainC
             (total / config.accumulate).backward()
         values.append(torch.stack([losses[name].detach().float() for name in names]))
         ids.append(_sample_ids(batch))
-    return _Micro(names, torch.stack(values), ids)
+        samples += len(ids[-1]) or config.batch_size // distributed.world_size()
+    return _Micro(names, torch.stack(values), ids, samples)
 
 
 def _check_losses(losses: dict[str, Tensor], names: list[str], config: TrainConfig) -> None:
@@ -318,12 +329,12 @@ def _sample_ids(batch: Batch) -> list[Any]:
     return found.tolist() if isinstance(found, Tensor) else list(found)
 
 
-def _agree(micro: _Micro, norm: Tensor, wants_stop: bool) -> tuple[dict[str, float], float, bool]:
-    """Mean losses and gradient norm over the ranks, and whether any of them was told to stop."""
-    told = norm.new_tensor([wants_stop], dtype=torch.float32)
-    own = torch.cat([micro.values.mean(0), norm.detach().float().view(1), told])
-    *losses, grad_norm, stopping = distributed.mean_over_ranks(own).tolist()
-    return dict(zip(micro.names, losses)), grad_norm, stopping > 0
+def _agree(micro: _Micro, norm: Tensor, wants_stop: bool) -> tuple[dict[str, float], float, int, bool]:
+    """Mean losses and gradient norm over the ranks, samples of all, and whether any was told to stop."""
+    told = norm.new_tensor([micro.samples, wants_stop], dtype=torch.float32)
+    own = torch.cat([micro.values.mean(0), norm.float().view(1), told])
+    *losses, grad_norm, samples, stopping = distributed.mean_over_ranks(own).tolist()
+    return dict(zip(micro.names, losses)), grad_norm, round(samples * distributed.world_size()), stopping > 0
 
 
 def _check_finite(run: _Run, step: int, losses: dict[str, float], grad_norm: float, micro: _Micro) -> None:
@@ -353,32 +364,31 @@ def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _evaluate(evaluate: Evaluate, run: _Run, step: int) -> dict[str, float]:
-    rng = checkpoint.rng_state()
+def _evaluate(evaluate: Evaluate, run: _Run, model: nn.Module, step: int) -> dict[str, float]:
+    rng = rng_state()
     run.task.eval()
+    averaged = run.ema.swapped_into_(run.task) if run.ema else contextlib.nullcontext()
     try:
-        with torch.no_grad(), run.ema.swapped_into_(run.task) if run.ema else contextlib.nullcontext():
+        with torch.no_grad(), averaged, distributed.whole(model):
             return {name: float(value) for name, value in evaluate(run.task, step).items()}
     finally:
         run.task.train()
-        checkpoint.set_rng_state_(rng)
+        set_rng_state_(rng)
 
 
 def _save(run: _Run, step: int, losses: dict[str, float], evaluations: Evaluations) -> Path:
-    """Save on rank 0, with every rank's random states, while the others wait."""
-    rng = distributed.gather_objects(checkpoint.rng_state())
-    if distributed.is_main():
-        checkpoint.save(
-            run.folder,
-            run.task,
-            run.optimizer,
-            step=step,
-            rng=rng,
-            frozen=run.frozen,
-            ema=run.ema,
-            extra={"config": to_dict(run.config), "losses": losses, "evaluations": evaluations},
-            keep=run.config.keep_checkpoints,
-        )
+    """Save with every rank's random states; all wait until it is published."""
+    checkpoint.save(
+        run.folder,
+        run.task,
+        run.optimizer,
+        step=step,
+        rng=distributed.gather_objects(rng_state()),
+        frozen=run.frozen,
+        ema=run.ema,
+        extra={"config": to_dict(run.config), "losses": losses, "evaluations": evaluations},
+        keep=run.config.keep_checkpoints,
+    )
     distributed.barrier()
     saved = checkpoint.latest(run.folder)
     assert saved is not None

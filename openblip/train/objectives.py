@@ -119,3 +119,17 @@ def vqa_loss(
 def momentum_update_(twin: list[Tensor], online: list[Tensor], momentum: float) -> None:
     """twin ← momentum · twin + (1 − momentum) · online, in place, tensor by tensor (MoCo)."""
     torch._foreach_lerp_(twin, online, 1 - momentum)
+
+
+def sequence_log_probs(logits: Tensor, labels: Tensor, rows: Tensor, count: int) -> Tensor:
+    """log P of texts [count]: of logits [K, V] and labels [K], summed over those that belong to each text, rows [K]."""
+    losses = F.cross_entropy(wide(logits), labels, reduction="none")
+    return losses.new_zeros(count).index_add(0, rows, -losses)
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """−log σ(β (chosen − rejected)), mean over pairs (Rafailov et al. 2023, eq. 7).
+
+    chosen, rejected [B]: log P of the answers under the policy, less that under the reference.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()

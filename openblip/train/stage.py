@@ -30,12 +30,15 @@ from openblip.data.rows import BadRows
 from openblip.data.text import clean_caption
 from openblip.data.transforms import ImageTransform, TrainTransform
 from openblip.hub import Pretrained, save_pretrained
+from openblip.models.blip3 import Blip3
 from openblip.recipes import Recipe
 from openblip.train import distributed
+from openblip.train.batches_blip3 import blip3_loader
 from openblip.train.ingredients import Ingredients, prepare
 from openblip.train.loop import Evaluate, FitResult, fit
 from openblip.train.tasks import BlipTask, CaptionTask, ClipTask, NlvrTask, Task, VqaTask
 from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2Task
+from openblip.train.tasks_blip3 import Blip3Task, DpoTask
 
 
 @dataclass
@@ -72,9 +75,12 @@ def run_stage(
     run_dir.mkdir(parents=True, exist_ok=True)
     listed = run_dir / "bad_rows.jsonl"
     is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
+    is_fixed = is_fixed and not isinstance(
+        made.model, Blip3
+    )  # whose pictures have different numbers of tiles
     if features is not None and not is_fixed:
         raise UserError(
-            "features: only a frozen tower, shown pictures without augmentation, always makes the same"
+            "features: only a frozen tower, shown whole pictures without augmentation, always makes the same"
         )
     if is_fixed and not isinstance(features, FeatureCache):
         folder = run_dir / "features" if features is None else Path(features)
@@ -138,6 +144,10 @@ def _loader(
     recipe: Recipe, made: Ingredients, rows: Rows, features: FeatureCache | None, bad: BadRows
 ) -> Loader:
     """Dataset, collator and order of a stage."""
+    if isinstance(made.model, Blip3):
+        assert made.lm_tokenizer is not None
+        return blip3_loader(recipe, made.model, made.lm_tokenizer, made.transform, rows, bad)
+    assert made.tokenizer is not None
     transform: ImageTransform | TrainTransform | None = None
     if features is None:
         transform = made.transform if recipe.augment is None else _augmented(recipe, made.transform)
@@ -203,6 +213,10 @@ def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
             return Blip2Task(model, replace(recipe.blip2_task, seed=recipe.train.seed))
         case "blip2_stage2" | "instruct":
             return Blip2LlmTask(model, replace(recipe.blip2_llm_task, seed=recipe.train.seed))
+        case "blip3_pretrain" | "blip3_sft":
+            return Blip3Task(model, recipe.blip3_task)
+        case "blip3_dpo":
+            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed))
         case "caption":
             return CaptionTask(model, label_smoothing=recipe.task.label_smoothing)
         case "vqa":

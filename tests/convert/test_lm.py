@@ -55,6 +55,24 @@ def test_the_hash_is_of_the_values_whatever_holds_them(folder):
         load_lm(source, sha256="0" * 64)
 
 
+def test_what_is_trained_is_float32_whatever_lies_below(folder):
+    """Or small updates would round to nothing."""
+    pytest.importorskip("peft")
+    source = folder("llama")
+    lm = load_lm(source, "bfloat16", lora=LoraSettings(rank=2), added_tokens=3)
+    trained = {name: weight.dtype for name, weight in lm.named_parameters() if weight.requires_grad}
+    assert {"added_words.weight", "added_head.weight"} < trained.keys() and len(trained) > 4
+    assert set(trained.values()) == {torch.float32}
+    assert {w.dtype for w in lm.parameters() if not w.requires_grad} == {torch.bfloat16}
+    assert lm.states_of(torch.randn(1, 3, lm.hidden_size, dtype=torch.bfloat16)).dtype is torch.bfloat16
+    assert (lm.config.source, lm.config.sha256) == (source, load_lm(source).config.sha256)
+    whole = load_lm(source, trainable=True)
+    assert all(weight.requires_grad for weight in whole.parameters()) and whole.training
+    assert whole.config.source is None and whole.config.sha256 is None
+    with pytest.raises(ConfigError, match="int8"):
+        load_lm(source, "int8", trainable=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -211,6 +211,106 @@ def test_buckets_save_padding_and_keep_the_order_fixed():
     assert sorted(joined(kept.indices(n).tolist() for n in range(126))) == list(range(1003))
 
 
+LENGTHS = np.random.default_rng(1).integers(4, 100, size=400)
+
+
+def budgeted(budget: int = 400, data: Numbers | None = None, **options) -> Loader:
+    settings = {"seed": 4, "lengths": LENGTHS} | options
+    return Loader(data or Numbers(400), collate, None, batch_tokens=budget, **settings)
+
+
+def test_a_token_budget_fills_batches_and_keeps_within():
+    loader = budgeted()
+    epoch = [loader.indices(number) for number in range(loader.steps_per_epoch)]
+    rows = list(joined(batch.tolist() for batch in epoch))
+    assert len(set(rows)) == len(rows) > 370, "each once, and no more left out than one batch"
+    padded = np.array([len(batch) * LENGTHS[batch].max() for batch in epoch])
+    assert padded.max() <= 400 and padded.mean() > 0.9 * 400
+    real = np.array([LENGTHS[batch].sum() for batch in epoch])
+    assert real.sum() > 0.9 * padded.sum(), "rows of a batch are of like length"
+    sizes = np.array([len(batch) for batch in epoch])
+    assert sizes.min() >= 4 and sizes.max() > 15
+    assert abs(np.corrcoef(sizes, np.arange(len(sizes)))[0, 1]) < 0.3, "nor do batches go by length"
+    kept = budgeted(drop_last=False)
+    whole = [kept.indices(number).tolist() for number in range(kept.steps_per_epoch)]
+    assert sorted(joined(whole)) == list(range(400))
+
+
+def test_a_token_budget_leaves_out_other_rows_in_each_epoch():
+    order = budgeted().order
+    used: dict[int, list[int]] = {}
+    for epoch, rows in (order.batch(number) for number in range(800)):
+        used.setdefault(epoch, []).extend(rows.tolist())
+    assert len(used) == 14
+    left = [set(range(400)) - set(used[epoch]) for epoch in range(13)]
+    assert not set.intersection(*left)
+    lengths = [LENGTHS[list(rows)].mean() for rows in left]
+    assert min(lengths) < 30 and max(lengths) > 70, (
+        "nor always the shortest, which an order by length has last"
+    )
+
+
+@pytest.mark.parametrize("start", [1, 57, 58, 59, 60, 117, 200])
+def test_a_budgeted_batch_is_known_by_its_number(start):
+    straight, resumed = budgeted(), budgeted()
+    rows = [straight.indices(number).tolist() for number in range(210)]
+    assert resumed.indices(start).tolist() == rows[start]
+    assert resumed.indices(start - 1).tolist() == rows[start - 1]  # also backwards
+    steps = straight.steps_per_epoch
+    assert 55 < steps < 62
+    counts, seen = [], set()  # an epoch ends where a row comes again
+    for batch in rows:
+        if seen & set(batch):
+            counts.append(len(seen))
+            seen = set()
+        seen |= set(batch)
+    assert len(counts) == 3 and min(counts) > 370
+    assert rows[:steps] != rows[steps : 2 * steps]
+    assert take(budgeted(workers=2), 3, start) == take(budgeted(), 3 + start)[start:]
+    assert rows[:3] != [budgeted(seed=5).indices(number).tolist() for number in range(3)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_the_tokens_of_a_budgeted_batch(world):
+    data = Numbers(400, bad=(1, 7, 30))
+    alone = take(budgeted(data=data), 70)
+    ranks = [take(budgeted(data=data, rank=rank, world_size=world), 70) for rank in range(world)]
+    for number, (rows, draws) in enumerate(alone):
+        parts = [ranks[rank][number] for rank in range(world)]
+        assert list(joined(part[0] for part in parts)) == rows
+        assert list(joined(part[1] for part in parts)) == draws
+        tokens = [LENGTHS[part[0]].sum() for part in parts]
+        assert min(tokens) > 0 and max(tokens) - min(tokens) <= 2 * LENGTHS[rows].max()
+    uneven = [
+        budgeted(rank=r, world_size=2).order.part(np.argsort(LENGTHS)[[399, 0, 1, 2, 3]], r, 2)
+        for r in (0, 1)
+    ]
+    assert [len(part) for part in uneven] == [1, 4]  # one long row, four short ones
+
+
+def test_what_replaces_a_bad_row_stays_within_the_budget():
+    data = Numbers(400, bad=tuple(range(0, 400, 2)))
+    for rows, _ in take(budgeted(data=data, bad=BadRows(max_share=1)), 130):
+        assert len(rows) * LENGTHS[rows].max() <= 400
+    shortest = int(LENGTHS.argmin())  # others may stand in for it
+    assert take(budgeted(data=Numbers(400, bad=(shortest,))), 70)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        (90, {}, rf"{(LENGTHS > 90).sum()} of 400 rows are longer, the longest has 99; raise it to 99"),
+        (180, {"world_size": 2}, r"180, 90 for each of 2 processes: \d+ of 400 .* raise it to 198"),
+        (39_600, {}, "400 rows do not fill one batch of 39600 tokens"),
+        (400, {"world_size": 2, "drop_last": False}, "too small for several processes"),
+    ],
+)
+def test_an_impossible_budget_is_said_at_once(budget, options, message):
+    with pytest.raises(UserError, match=message):
+        budgeted(budget, **options)
+    assert budgeted(39_599).steps_per_epoch == budgeted(39_600, drop_last=False).steps_per_epoch == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,6 +331,13 @@ def test_wrong_calls_are_errors():
     for options in ({"rank": 2, "world_size": 2}, {"rank": -1}, {"lengths": [1, 2, 3]}):
         with pytest.raises(ValueError):
             Loader(Numbers(10), collate, 4, **options)
+    for size, options in (
+        (4, {"batch_tokens": 9, "lengths": [1] * 10}),
+        (None, {"batch_tokens": 9}),
+        (None, {}),
+    ):
+        with pytest.raises(ValueError, match="either batch_size"):
+            Loader(Numbers(10), collate, size, **options)
     with pytest.raises(ValueError, match="from 0"):
         Loader(Numbers(10), collate, 4).batches(-1)
 

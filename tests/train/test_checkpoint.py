@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from openblip.config import UserError
-from openblip.train import checkpoint, optim
+from openblip.train import checkpoint, optim, rng
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def train_(task, optimizer, ema, steps: int) -> None:
 
 
 def save(folder: Path, task, optimizer, ema, step: int, **more) -> Path:
-    settings = {"frozen": checkpoint.frozen_hashes(task), "rng": [checkpoint.rng_state()]} | more
+    settings = {"frozen": checkpoint.frozen_hashes(task), "rng": [rng.rng_state()]} | more
     return checkpoint.save(folder, task, optimizer, ema=ema, step=step, **settings)
 
 
@@ -116,16 +116,16 @@ def test_random_states_go_on_where_they_were(saved):
         return [random.gauss(0, 1), random.random(), np.random.randn(), *torch.randn(3).tolist()]
 
     random.gauss(0, 1), np.random.randn()  # each keeps a second Gaussian number in store
-    state = checkpoint.rng_state()
+    state = rng.rng_state()
     first = draw()
     assert draw() != first
-    checkpoint.set_rng_state_(state)
+    rng.set_rng_state_(state)
     assert draw() == first
-    checkpoint.seed_rng_(0, 1)
+    rng.seed_rng_(0, 1)
     ours = draw()
-    checkpoint.seed_rng_(1, 0)
+    rng.seed_rng_(1, 0)
     assert draw() != ours
-    checkpoint.seed_rng_(0, 1)
+    rng.seed_rng_(0, 1)
     assert draw() == ours
 
 

@@ -1,8 +1,10 @@
+import itertools
 import json
 import os
 import random
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from openblip.config import ConfigError, UserError
-from openblip.train import checkpoint, loop
+from openblip.train import checkpoint, loop, rng
 from openblip.train.config import TrainConfig
 from openblip.train.loop import NonFiniteError, fit
 
@@ -222,8 +224,8 @@ def test_the_comparison_notices_whatever_a_resume_would_forget(what, straight, t
         if callable(forget):
             forget(task, optimizer, ema)
         elif forget:
-            checkpoint.seed_rng_(123)
-            found.rng[0][forget] = checkpoint.rng_state()[forget]
+            rng.seed_rng_(123)
+            found.rng[0][forget] = rng.rng_state()[forget]
         return found
 
     monkeypatch.setattr(checkpoint, "load_", forgetful)
@@ -264,7 +266,7 @@ def test_a_step_is_what_the_formulas_say(tmp_path):
     task, mine = TinyTask(), TinyTask()
     result = fit(task, TinyLoader(), settings, tmp_path)
 
-    checkpoint.seed_rng_(settings.seed, 0)
+    rng.seed_rng_(settings.seed, 0)
     mine.begin_step(0)
     batches = TinyLoader().batches(0)
     losses = [mine(next(batches)) for _ in range(2)]
@@ -430,6 +432,8 @@ def test_what_may_and_may_not_change_on_resume(tmp_path, capsys):
     fit(TinyTask(), TinyLoader(), config(max_steps=3), tmp_path)
     with pytest.raises(UserError, match=r"accumulate was 2, now 4.*place in the data"):
         fit(TinyTask(), TinyLoader(), config(accumulate=4), tmp_path)
+    with pytest.raises(UserError, match=r"batch_tokens was None, now 9.*place in the data"):
+        fit(TinyTask(), TinyLoader(), config(batch_tokens=9), tmp_path)
     with pytest.raises(UserError, match="holds step-00000003 of an earlier run"):
         fit(TinyTask(), TinyLoader(), config(), tmp_path, resume=False)
     with pytest.raises(UserError, match="beyond max_steps 2"):
@@ -478,6 +482,21 @@ def test_mistakes_are_named(tmp_path, capsys):
     capsys.readouterr()
     fit(task, TinyLoader(), config(max_steps=3), tmp_path / "unused")
     assert capsys.readouterr().err.count("no gradient reaches unused.weight, unused.bias") == 1
+
+
+def test_the_rate_counts_the_samples_that_came(tmp_path, monkeypatch):
+    """Batches within a token budget are of different sizes; a step takes one tick of this clock."""
+
+    class Growing(TinyLoader):
+        def batches(self, start: int):
+            for number in itertools.count(start):
+                yield from itertools.islice(TinyLoader(size=1 + number).batches(number), 1)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    settings = config(batch_tokens=100, max_steps=4, log_every=2, save_every=None)
+    fit(TinyTask(), Growing(), settings, tmp_path)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples_per_s"] for line in written] == [(1 + 2 + 3 + 4) / 2, (5 + 6 + 7 + 8) / 2]
 
 
 def test_gradient_checkpointing_is_passed_on(tmp_path):

@@ -141,6 +141,7 @@ def test_ema_follows_its_formula_and_gives_the_weights_back():
     [
         ("max_steps", 0, "1 or more"),
         ("batch_size", -4, "1 or more"),
+        ("batch_tokens", 0, "1 or more, or null"),
         ("accumulate", 0, "1 or more"),
         ("lr", 0.0, "above 0"),
         ("lr", math.nan, "above 0"),

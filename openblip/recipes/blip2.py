@@ -1,0 +1,75 @@
+"""BLIP-2 and InstructBLIP: the papers' recipes, and small ones that train on two CPU cores."""
+
+from dataclasses import replace
+
+from openblip.models.blip2 import Blip2Config
+from openblip.models.qformer import QFormerConfig
+from openblip.models.vit import VisionConfig
+from openblip.recipes.recipe import Augment, Language, Recipe
+from openblip.train.config import TrainConfig
+from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
+
+
+def blip2_stage1() -> Recipe:
+    """BLIP-2 stage 1 with a frozen ViT-L: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix)."""
+    train = TrainConfig(
+        max_steps=250_000, batch_size=2320, lr=1e-4, warmup_steps=2000, betas=(0.9, 0.98), precision="bf16",
+        clip_norm=None, save_every=1000,
+    )  # fmt: skip
+    augment = Augment(crop=(0.5, 1.0), randaugment=False)
+    return Recipe("blip2_stage1", train, blip2=Blip2Config(), augment=augment, max_length=32)
+
+
+def blip2_stage2() -> Recipe:
+    """BLIP-2 stage 2 with OPT-2.7B: 80,000 steps of 1920 pairs (BLIP-2 §3.4 and appendix). Begins with stage 1."""
+    recipe = blip2_stage1()
+    train = replace(recipe.train, max_steps=80_000, batch_size=1920, min_lr=5e-5)
+    # There a text ends with a line break, which is OPT's token 50118.
+    language = Language("facebook/opt-2.7b", changes={"eos_token_id": 50118})
+    return replace(recipe, stage="blip2_stage2", train=train, language=language)
+
+
+def instructblip() -> Recipe:
+    """InstructBLIP with Vicuna-7B: at most 60,000 steps of 128 instructions (InstructBLIP §2.6). Begins with BLIP-2."""
+    recipe = blip2_stage2()
+    train = replace(
+        recipe.train, max_steps=60_000, batch_size=128, lr=1e-5, min_lr=0.0, warmup_steps=1000, warmup_lr=1e-8,
+        betas=(0.9, 0.999),
+    )  # fmt: skip
+    return replace(
+        recipe, stage="instruct", train=train, language=Language("lmsys/vicuna-7b-v1.1"), max_length=256
+    )
+
+
+def blip2_stage1_small() -> Recipe:
+    """BLIP-2 stage 1 for two CPU cores: frozen DINOv2 ViT-S/14 at 224 px, Q-Former from MiniLM (6 x 384)."""
+    vision = VisionConfig(
+        image_size=224, patch_size=14, hidden_size=384, num_hidden_layers=9, num_attention_heads=6,
+        intermediate_size=1536, layer_scale=1.0,
+    )  # fmt: skip
+    qformer = QFormerConfig(
+        vocab_size=30524, hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_query_tokens=16,
+        freeze_words=True,
+    )  # fmt: skip
+    train = TrainConfig(
+        max_steps=2500, batch_size=64, lr=1e-3, min_lr=2e-5, warmup_steps=100, betas=(0.9, 0.98),
+        precision="bf16", log_every=20, save_every=100,
+    )  # fmt: skip
+    task = Blip2TaskConfig(
+        match_ids=True, negative_floor=0.1, match_pairs=24, keep_tokens=0.5, text_lr_scale=0.3
+    )
+    return Recipe(
+        "blip2_stage1", train, blip2=Blip2Config(vision, qformer), blip2_task=task, vision_init="dinov2_small",
+        text_init="minilm", augment=None, calibrate=256, bucket=True, max_length=30,
+    )  # fmt: skip
+
+
+def blip2_stage2_small() -> Recipe:
+    """BLIP-2 stage 2 for two CPU cores: SmolLM2-135M frozen, stage 1's losses kept, so that one model does all."""
+    recipe = blip2_stage1_small()
+    train = replace(recipe.train, max_steps=1500, batch_size=32, lr=5e-4)
+    task = Blip2LlmTaskConfig(keep_tokens=0.5, text_lr_scale=0.3, stage1=recipe.blip2_task)
+    return replace(
+        recipe, stage="blip2_stage2", train=train, language=Language(), blip2_llm_task=task, calibrate=0,
+        vision_init=None, text_init=None,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""What a training recipe says: one full configuration of one stage."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from openblip.config import ConfigError
+from openblip.models.blip import BlipConfig
+from openblip.models.blip import blip_base as base_model
+from openblip.models.blip2 import Blip2Config
+from openblip.models.blip3 import Blip3Config
+from openblip.models.clip import ClipConfig
+from openblip.models.lm import LoraSettings
+from openblip.train.config import TrainConfig
+from openblip.train.tasks import BlipTaskConfig
+from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
+from openblip.train.tasks_blip3 import Blip3TaskConfig, DpoTaskConfig
+
+Stage = Literal[
+    "clip", "pretrain", "retrieval", "caption", "vqa", "nlvr",
+    "blip2_stage1", "blip2_stage2", "instruct", "blip3_pretrain", "blip3_sft", "blip3_dpo",
+]  # fmt: skip
+# Under what name a stage's geometry stands in a recipe, if not under "model".
+_GEOMETRY = {
+    "clip": "clip",
+    **dict.fromkeys(("blip2_stage1", "blip2_stage2", "instruct"), "blip2"),
+    **dict.fromkeys(("blip3_pretrain", "blip3_sft", "blip3_dpo"), "blip3"),
+}
+
+
+@dataclass
+class Augment:
+    """Training transform: share of the area a random crop keeps, flips, RandomAugment."""
+
+    crop: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    randaugment: bool = True
+
+
+@dataclass
+class Language:
+    """A language model: where it comes from, what is trained of it (nothing, adapters, all), how it is told to talk.
+
+    changes: to its configuration. family: see `LmConfig`.
+    """
+
+    source: str = "smollm2"
+    lora: LoraSettings | None = None
+    trainable: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+    family: str = ""
+
+
+@dataclass
+class Recipe:
+    """One training stage: what is trained, on what kind of rows, and how.
+
+    stage: which task. model, clip, blip2, blip3: geometry of the model it trains, see `system`; language: the language
+        model of BLIP-2's stage 2, and of BLIP-3 (where it takes the place of `blip3.lm`). task, blip2_task,
+        blip2_llm_task, blip3_task, dpo_task: its losses.
+    init: a model folder or hub name whose weights it begins with. vision_init, text_init: pretrained parts that a
+        fresh model begins with, see `convert.tower` and `convert.parts`.
+    tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
+    augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
+    calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
+        (see `train.start`); 0: not at all, as in the papers, whose towers are trained.
+    ramp_epochs: soft targets grow to their full share within so many epochs.
+    max_length: tokens of a text; for BLIP-3 of a whole row, vision tokens included.
+    bucket: batches of texts of like length, which saves padding.
+    pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
+    max_images: conversations with more are left out, documents cut (BLIP-3).
+    """
+
+    stage: Stage
+    train: TrainConfig
+    model: BlipConfig = field(default_factory=base_model)
+    clip: ClipConfig | None = None
+    blip2: Blip2Config | None = None
+    task: BlipTaskConfig = field(default_factory=BlipTaskConfig)
+    blip2_task: Blip2TaskConfig = field(default_factory=Blip2TaskConfig)
+    language: Language | None = None
+    blip2_llm_task: Blip2LlmTaskConfig = field(default_factory=Blip2LlmTaskConfig)
+    blip3: Blip3Config | None = None
+    blip3_task: Blip3TaskConfig = field(default_factory=Blip3TaskConfig)
+    dpo_task: DpoTaskConfig = field(default_factory=DpoTaskConfig)
+    init: str | None = None
+    tokenizer: str | None = None
+    vision_init: str | None = None
+    text_init: Literal["minilm"] | None = None
+    augment: Augment | None = field(default_factory=Augment)
+    calibrate: int = 0
+    ramp_epochs: float = 2.0
+    max_length: int = 30
+    prompt: str = ""
+    bucket: bool = False
+    pack: bool = False
+    max_images: int = 4
+    workers: int = 2
+
+    @property
+    def system(self) -> BlipConfig | ClipConfig | Blip2Config | Blip3Config:
+        """The geometry that counts for this stage. Raises ConfigError if the recipe lacks it."""
+        field = _GEOMETRY.get(self.stage, "model")
+        found = getattr(self, field)
+        if found is None:
+            raise ConfigError(f"{self.stage}: the recipe needs its geometry, `{field}`")
+        return found
