@@ -1,6 +1,7 @@
 """What a user holds: `load(name)` gives a Pipeline that captions, matches, answers, embeds and localises.
 
-It is `api_blip.Pipeline`, or, where a language model does the talking, `api_llm.LlmPipeline`: the same calls.
+It is `api_blip.Pipeline`; where a language model does the talking, `api_llm.LlmPipeline`; for BLIP-3, which holds
+conversations about any number of pictures, `api_chat.ChatPipeline`: the same calls.
 """
 
 from pathlib import Path
@@ -9,12 +10,18 @@ import torch
 
 from openblip.api_arguments import generation_config, row_seeds
 from openblip.api_blip import DTYPES, Localization, Match, Pipeline
+from openblip.api_chat import ChatPipeline
 from openblip.api_llm import LlmPipeline
+from openblip.api_talk import Talk
 from openblip.config import UserError
 from openblip.hub import load_pretrained
 from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.blip3 import Blip3
 
-__all__ = ["LlmPipeline", "Localization", "Match", "Pipeline", "generation_config", "load", "row_seeds"]
+__all__ = [
+    "ChatPipeline", "LlmPipeline", "Localization", "Match", "Pipeline", "Talk",
+    "generation_config", "load", "row_seeds",
+]  # fmt: skip
 
 
 def load(
@@ -30,5 +37,6 @@ def load(
         raise UserError(f'dtype must be "fp32", "bf16" or "int8", not {dtype!r}')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = load_pretrained(name)
-    kind = LlmPipeline if isinstance(found.model, Blip2Llm) else Pipeline
+    kinds: dict[type, type[Pipeline]] = {Blip2Llm: LlmPipeline, Blip3: ChatPipeline}
+    kind = kinds.get(type(found.model), Pipeline)
     return kind(found, device=device, dtype=dtype, batch_size=batch_size)

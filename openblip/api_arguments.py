@@ -16,10 +16,10 @@ from openblip.data.rows import message_images
 from openblip.models.generation import GenerationConfig
 
 Image = str | Path | bytes | Readable | PILImage.Image
-Messages = str | Sequence[Mapping[str, Any]]  # a conversation; a text is the user's only message
-Request = tuple[
-    Any, Sequence[Image], str
-]  # messages or words, their images, a name for what is said about them
+# A conversation; a text is the user's only message (see `marked`).
+Messages = str | Sequence[Mapping[str, Any]]
+# Messages, or words; their images; a name for what is said about them.
+Request = tuple[Any, Sequence[Image], str]
 T = TypeVar("T")
 
 
@@ -103,8 +103,9 @@ def placed(messages: Messages, count: int, where: str) -> list[Message]:
     A single image is put in front of the first user's message, as in training, if it has no marker or one up to there.
     Raises BadRow: messages that are none, out of order, or with another number of markers.
     """
-    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    found = parse_messages(said, where)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": marked(messages, count, where)}]
+    found = parse_messages(messages, where)
     first = next((i for i, message in enumerate(found) if message["role"] == "user"), 0)
     in_front, later = (
         sum(message["content"].count(IMAGE) for message in part)

@@ -69,7 +69,7 @@ class Talk:
         return self._answered(prompt, config, messages, [*self.images, *new], self._seen, self._runs)
 
     def undo(self) -> None:
-        """Take back the last message and its answer, and the images that came with it. Raises UserError: there is none."""
+        """Take back the last message, its images and its answer. Raises UserError: there is none."""
         if len(self.messages) < 2:
             raise UserError("undo: nothing has been said yet")
         self.messages = self.messages[:-2]

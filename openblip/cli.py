@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from openblip.cli_make import as_json, bootstrap, capfilt, print_answer, push, quickstart, train
+from openblip.cli_chat import chat
+from openblip.cli_make import (
+    as_json,
+    bootstrap,
+    capfilt,
+    given,
+    print_answer,
+    print_mistake,
+    push,
+    quickstart,
+    train,
+)
 from openblip.config import UserError
 
 # Positional arguments, under the names that help shows them by.
@@ -40,9 +51,9 @@ def caption(
     Args:
         images: picture files.
         model: a captioning model (folder or hub name).
-        prompt: words the caption begins with.
-        num_beams: of beam search; ignored when sampling. By default the papers': 3, or 5 for a language model.
-        max_new_tokens: longest caption; by default 20, or 30 for a language model.
+        prompt: words the caption begins with; what a BLIP-3 is asked, "Describe the image." by default.
+        num_beams: of beam search; ignored when sampling. By default the papers': 3, 5 for BLIP-2, 1 for BLIP-3.
+        max_new_tokens: longest caption; by default 20, 30 for BLIP-2, 64 for BLIP-3.
         min_new_tokens: shortest caption.
         do_sample: nucleus sampling instead of beam search.
         top_p: of nucleus sampling.
@@ -53,9 +64,9 @@ def caption(
 
     if not images:
         raise UserError("caption: no image given")
-    options = _given(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+    options = given(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
     sampling = {"do_sample": True, "top_p": top_p, "seed": seed}
-    options |= sampling if do_sample else _given(num_beams=num_beams)
+    options |= sampling if do_sample else given(num_beams=num_beams)
     written = load(model).caption(list(images), prompt, **options)
     answer = {str(image): text for image, text in zip(images, written, strict=True)}
     print_answer(answer, json, lambda: "\n".join(f"{image}: {text}" for image, text in answer.items()))
@@ -99,12 +110,13 @@ def vqa(
         question: what to ask.
         model: a VQA model, or one with a language model (folder or hub name).
         answers: choose among these instead of answering freely.
-        prompt: how a language model is asked, with {} for the question; "Question: {} Short answer:" by default.
+        prompt: how a language model is asked, with {} for the question. By default, that of BLIP-2 is asked
+            "Question: {} Short answer:", and that of BLIP-3 the question itself.
         json: print {question, answer} as JSON.
     """
     from openblip.api import load
 
-    said = load(model).answer(image, question, answers=list(answers) or None, **_given(prompt=prompt))
+    said = load(model).answer(image, question, answers=list(answers) or None, **given(prompt=prompt))
     print_answer({"question": question, "answer": said}, json, lambda: str(said))
 
 
@@ -158,7 +170,7 @@ def eval(
         model: folder or hub name.
         split: of the data.
         k: candidates that the ITM head reranks, for each image and each text.
-        num_beams: of beam search; by default the papers': 3, or 5 for a language model.
+        num_beams: of beam search; by default the papers': 3, 5 for BLIP-2, 1 for BLIP-3.
         prompt: what captions begin with, or how a language model is asked (see caption and vqa).
         out: a file for the figures, with the model and the data they belong to.
         json: print the figures as JSON.
@@ -173,9 +185,9 @@ def eval(
     else:
         protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
         num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
-        figures = protocol(pipeline, rows, num_beams=num_beams, **_given(prompt=prompt))
+        figures = protocol(pipeline, rows, num_beams=num_beams, **given(prompt=prompt))
     record = {"task": task, "model": model, "data": str(data), "split": split, "k": k, "num_beams": num_beams}
-    record |= _given(prompt=prompt)
+    record |= given(prompt=prompt)
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
     print_answer(
@@ -218,11 +230,6 @@ def info(what: What = "", json: bool = False) -> None:
     print_answer(found, json, lambda: _lines(found))
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given: for the others, the model has a default."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _lines(values: dict[str, Any], indent: str = "") -> str:
     lines = []
     for name, value in values.items():
@@ -243,6 +250,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "caption": caption,
     "match": match,
     "vqa": vqa,
+    "chat": chat,
     "search": search,
     "eval": eval,
     "info": info,
@@ -259,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, FileNotFoundError, PermissionError) as error:
         if os.environ.get("OPENBLIP_TRACEBACK"):
             raise
-        print(f"openblip: {' '.join(str(error).split())}", file=sys.stderr)
+        print_mistake(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("openblip: interrupted; the same call goes on from here", file=sys.stderr)

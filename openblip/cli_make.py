@@ -47,9 +47,10 @@ def quickstart(
 
 def train(
     recipe: RecipeName,
-    data: Path,
+    data: tuple[Path, ...],
     out: Path,
     split: str | None = None,
+    take: tuple[int, ...] = (),
     init: str | None = None,
     tokenizer: str | None = None,
     features: Path | None = None,
@@ -63,9 +64,10 @@ def train(
 
     Args:
         recipe: the name of a recipe (`openblip info` lists them), or a JSON file of one.
-        data: image-text pairs, questions, or whatever the stage needs.
+        data: image-text pairs, questions, or whatever the stage needs; several are trained on together.
         out: run folder; the model lands in its `model` folder.
         split: of the data.
+        take: how many rows of each of several data sets, drawn by the seed 42; otherwise all of them.
         init: model folder or hub name to begin with; a fine-tune needs one.
         tokenizer: folder with a vocabulary, for a CLIP that begins with nothing.
         features: folder for what a frozen vision tower makes of the pictures; stages on the same pictures share it.
@@ -77,12 +79,14 @@ def train(
     """
     from dataclasses import replace
 
+    from openblip.config import UserError
+    from openblip.data.collate import Rows
+    from openblip.data.mixture import MixedRows
     from openblip.data.sources import open_source
     from openblip.train.stage import run_stage
 
     chosen = _recipe(recipe)
-    given = {"max_steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    changes = given(max_steps=steps, batch_size=batch_size, lr=lr, seed=seed)
     if "max_steps" in changes:
         changes["warmup_steps"] = min(chosen.train.warmup_steps, changes["max_steps"])
     if "lr" in changes:
@@ -90,7 +94,12 @@ def train(
         changes["warmup_lr"] = min(chosen.train.warmup_lr, changes["lr"])
     begin, words = init or chosen.init, tokenizer or chosen.tokenizer
     chosen = replace(chosen, train=replace(chosen.train, **changes), init=begin, tokenizer=words)
-    rows = open_source(str(data), split=split, require_captions=chosen.stage != "instruct")
+    if not data:
+        raise UserError("train: no data given")
+    sources = [
+        open_source(str(one), split=split, require_captions=chosen.stage != "instruct") for one in data
+    ]
+    rows: Rows = sources[0] if len(sources) == 1 and not take else MixedRows(sources, take or None)
     result = run_stage(chosen, rows, out, features=features)
     answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
     print_answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
@@ -230,6 +239,16 @@ def _recipe(name: str) -> "Recipe":
     from openblip.recipes import Recipe, recipe_named
 
     return load_json(Recipe, name) if name.endswith(".json") else recipe_named(name)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: for the others, the model has a default."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def print_mistake(error: Exception) -> None:
+    """One line on standard error."""
+    print(f"openblip: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def print_answer(value: Any, json: bool, text: Callable[[], str]) -> None:

@@ -12,7 +12,7 @@ tags: [{kind}, image-text]
 # {name}
 
 A model that {use}. {cls} with {millions:.1f}M parameters, for images of
-{side} x {side} pixels; saved by openblip {version}.
+{size}; saved by openblip {version}.
 
 ```python
 import openblip
@@ -32,6 +32,19 @@ _MATCHING = (
 )
 _CAPTIONS = ("captions images", 'model.caption("a.jpg")')
 _ANSWERS = ("answers questions about them", 'model.answer("a.jpg", "what is the dog doing?")')
+_CHATS = (
+    "holds conversations about any number of pictures, captions them and answers questions about them",
+    """\
+model.chat("which is older?", ["a.jpg", "b.jpg"])  # one conversation, or a list of them
+talk = model.conversation()  # several turns
+talk.say("what is this?", "a.jpg")
+model.caption("a.jpg")
+model.answer("a.jpg", "what is the dog doing?")""",
+)
+_READS = (  # a BLIP-3 before instruction tuning
+    "goes on with documents of pictures and text, and so captions pictures",
+    'model.caption("a.jpg")',
+)
 _USES = {  # what it is for, and a line of code
     "blip_vqa": ("answers questions about images", 'model.answer("a.jpg", "what is the dog doing?")'),
     "blip_nlvr": ("says whether a sentence is true of two images", "model.model  # the BlipNlvr"),
@@ -52,7 +65,7 @@ def model_card(
     `save_pretrained` takes them.
     """
     config = model.config
-    use, example = _use(config, kind)
+    use, example = _use(config, kind, info)
     info = dict(info)
     trained_on, metrics = info.pop("trained_on", "Not stated."), info.pop("metrics", {})
     text = _CARD.format(
@@ -61,7 +74,7 @@ def model_card(
         use=use,
         cls=type(model).__name__,
         millions=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        side=getattr(config, "vision", config).image_size,
+        size=_size(config),
         version=version,
         example=example,
         trained_on=trained_on,
@@ -79,10 +92,12 @@ def model_card(
     return text
 
 
-def _use(config: Any, kind: str) -> tuple[str, str]:
-    """What a model is for, by the parts it has, and code that shows it."""
+def _use(config: Any, kind: str, info: Mapping[str, Any]) -> tuple[str, str]:
+    """What a model is for, by the parts it has and by what it learnt, and code that shows it."""
     if kind in _USES:
         return _USES[kind]
+    if kind == "blip3":
+        return _READS if info.get("stage") == "blip3_pretrain" else _CHATS
     has_lm = kind == "blip2_llm"
     stage1 = config.blip2 if has_lm else config
     able = [_CAPTIONS] if has_lm or stage1.decoder else []
@@ -97,13 +112,23 @@ def _use(config: Any, kind: str) -> tuple[str, str]:
     return use, "\n".join(examples)
 
 
+def _size(config: Any) -> str:
+    """What it says of the size of images."""
+    side = getattr(config, "vision", config).image_size
+    pixels = f"{side} x {side} pixels"
+    if getattr(config, "sampling", "fixed") == "fixed":
+        return pixels
+    most = max(columns * rows for columns, rows in config.grids)
+    return f"any size, which it sees as a whole and in up to {most} tiles of {pixels}"
+
+
 def _frozen(config: Any, named: Mapping[str, str]) -> str:
     """The section about what was not trained and is not in this folder, or only held here."""
     lm, stage1 = getattr(config, "lm", None), getattr(config, "blip2", config)
     lines = [f"- {module}: {source}, not in this folder" for module, source in named.items()]
     if getattr(stage1, "freeze_vision", False) and not any("vision" in module for module in named):
         lines.insert(0, "- vision, the image tower")
-    if lm is not None:
+    if lm is not None and not lm.trainable:
         place = (
             f"from {lm.source} (sha256 {lm.sha256}), not in this folder" if lm.source else "in this folder"
         )

@@ -62,12 +62,16 @@ IMPORTS = [
     ("api_arguments", OPEN),                                # what callers give, checked
     ("api_blip", f"{OPEN} picture api_arguments"),         # what a user holds trains nothing
     ("api_llm", f"{OPEN} api_arguments api_blip"),         # the same calls, a language model talks
-    ("api", f"{OPEN} api_arguments api_blip api_llm"),     # the right one for a model
+    ("api_reader", f"{OPEN} api_arguments"),               # what a BLIP-3 reads and writes
+    ("api_talk", f"{OPEN} api_arguments api_blip api_reader"),  # turns, and what stays in the cache
+    ("api_chat", f"{OPEN} api_arguments api_blip api_llm api_reader api_talk"),
+    ("api", f"{OPEN} api_arguments api_blip api_llm api_chat api_talk"),  # the right one for a model
     ("search", f"{USE} search"),                           # an index uses models, it makes none
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end
-    ("cli_make", "*"),                                     # half of the roof
+    ("cli_make", "*"),                                     # parts of the roof
+    ("cli_chat", "*"),
     ("cli", "*"),                                          # the roof stands on everything
 ]
 # fmt: on

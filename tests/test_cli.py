@@ -77,6 +77,8 @@ def test_train_from_a_recipe_file_and_use_what_it_made(root, answer, tmp_path):
     save_json(tiny_recipe("caption"), tmp_path / "caption.json")
     captioner = answer("train", tmp_path / "caption.json", *more)
     assert captioner["step"] == 3
+    two = ("--data", root / "data", root / "data", "--take", 3, 5, "--out", tmp_path / "mixed")
+    assert answer("train", tmp_path / "tiny.json", *two, "--steps", 1)["step"] == 1
     picture = root / "data/images/00.png"
     options = ("--model", captioner["model"], "--max-new-tokens", 3)
     assert list(answer("caption", picture, *options)) == [str(picture)]
@@ -278,8 +280,11 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(root, mistake, tmp_path):
     line = mistake("train", "blip_bas", *data, "--out", tmp_path / "run")
     assert "blip_bas" in line and "blip_base" in line
     assert "absent.json" in mistake("train", tmp_path / "absent.json", *data, "--out", tmp_path / "run")
+    save_json(tiny_recipe(), tmp_path / "good.json")
     (tmp_path / "odd.json").write_text('{"stage": "pretrain", "train": {"max_step": 3}}')
     assert "max_steps" in mistake("train", tmp_path / "odd.json", *data, "--out", tmp_path / "run")
+    line = mistake("train", tmp_path / "good.json", *data, "--take", 1, 2, "--out", tmp_path / "run")
+    assert "1 data sets to mix, and 2 numbers of rows" in line
     line = mistake("train", "small_caption", *data, "--out", tmp_path / "run")
     assert "caption: fine-tunes a pre-trained model" in line and "--init" in line
     assert "noise" in mistake("quickstart", *data, "--noise", 2, "--out", tmp_path / "story")
@@ -331,7 +336,7 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     top, *pages = done.stdout.split("===== \n")[-1].split("===== ")
-    assert len(pages) == len(cli.COMMANDS) == 11
+    assert len(pages) == len(cli.COMMANDS) == 12
     for (name, command), page in zip(cli.COMMANDS.items(), pages, strict=True):
         assert page.startswith(name) and name in top
         parameters = inspect.signature(command).parameters

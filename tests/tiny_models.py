@@ -113,6 +113,8 @@ def save_blip3(
     words = ascii_words()
     settings = {**CONFIGS[lm], "vocab_size": len(words._tokenizer), "max_position_embeddings": context}
     settings |= {"pad_token_id": words.pad_id, "eos_token_id": words.end_id}
+    if "sliding_window" in settings:
+        settings["sliding_window"] = 40  # a few lines
     adapters = LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]) if lora else None
     torch.manual_seed(7)
     if source is None:

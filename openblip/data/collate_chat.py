@@ -123,7 +123,7 @@ class TiledPictures:
         ]
 
     def sample(self, row: Row, pictures: Sequence[TileEmbeds], kept: int) -> Sample:
-        """What is the same in all samples: pixels or embeds, "grids" and "frames" of the first `kept` pictures, "id"."""
+        """What all samples have: pixels or embeds, "grids" and "frames" of the first `kept` pictures, and "id"."""
         name = "pixel_values" if self.features is None else "tile_embeds"
         return {
             name: [picture.embeds for picture in pictures[:kept]],
@@ -144,7 +144,7 @@ class ChatDataset(TiledPictures):
     max_images: int = field(default=MAX_IMAGES, kw_only=True)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """{"tokens", "question": what the user said last, "pixel_values" or "tile_embeds": a list, "grids", "frames", "id"}.
+        """{"tokens", "question": what the user said last, "pixel_values" or "tile_embeds", "grids", "frames", "id"}.
 
         Raises:
             BadRow: the row, its conversation or one of its pictures cannot be used.

@@ -1,11 +1,14 @@
-"""Several data sets as one, drawn from in proportion to the square root of their sizes (InstructBLIP §2.4)."""
+"""Several data sets as one: by the square root of their sizes (InstructBLIP §2.4), or so many rows of each (BLIP-3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from openblip.config import UserError
+from openblip.data.collate import Rows
 from openblip.data.loader import Dataset, Sample
+from openblip.data.rows import Row
 
 
 class Mixture:
@@ -49,3 +52,49 @@ class Mixture:
         name = names[int(rng.choice(len(names), p=list(self.shares.values())))]
         dataset = self.datasets[name]
         return {**dataset.get(int(rng.integers(len(dataset))), rng), "dataset": name}
+
+
+class MixedRows:
+    """So many rows of each of several sources, one source after the other, as BLIP-3's released code mixes its data.
+
+    Which rows is drawn by `seed`, without putting back, or, of a source with fewer rows, every row as often as it goes
+    and the rest drawn. Ids begin with the number of the source: equal file names are not the same picture.
+
+    Args:
+        sources: what to read.
+        counts: rows of each; None, or None for one of them: all of it.
+
+    Raises:
+        UserError: no source, an empty one, or not one count, above 0, for each.
+    """
+
+    def __init__(
+        self, sources: Sequence[Rows], counts: Sequence[int | None] | None = None, *, seed: int = 42
+    ) -> None:
+        counts = [None] * len(sources) if counts is None else list(counts)
+        if not sources or len(counts) != len(sources):
+            raise UserError(
+                f"{len(sources)} data sets to mix, and {len(counts)} numbers of rows to take of them"
+            )
+        self.sources = list(sources)
+        self.places: list[tuple[int, int]] = []  # (source, its row)
+        for number, (source, count) in enumerate(zip(self.sources, counts, strict=True)):
+            size = len(source)
+            wanted = size if count is None else count
+            if not size or wanted < 1:
+                raise UserError(
+                    f"data set {number + 1} of the mixture: {size} rows, of which {wanted} are to be taken"
+                )
+            rng = np.random.default_rng([seed, number])
+            drawn = [*range(size)] * (wanted // size) + rng.permutation(size)[: wanted % size].tolist()
+            self.places += [(number, index) for index in sorted(drawn)]
+
+    def __len__(self) -> int:
+        """Rows of all sources together."""
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`. Raises IndexError: there is none, or what its source raises."""
+        number, place = self.places[index]
+        row = self.sources[number][place]
+        return replace(row, id=f"{number}/{row.id}")

@@ -328,5 +328,7 @@ def _add_adapters_(model: Any, lora: LoraSettings) -> None:
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
     for name, weight in model.named_parameters():
-        if is_adapter(name) and weight.dtype is torch.bfloat16:  # as the model below them; small updates would be lost
+        if (
+            is_adapter(name) and weight.dtype is torch.bfloat16
+        ):  # as the model below them; small updates would be lost
             weight.data = weight.data.float()

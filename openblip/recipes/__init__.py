@@ -20,6 +20,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(blip2.blip2_stage1, blip2.blip2_stage2, blip2.instructblip),
         *(blip2.blip2_stage1_small, blip2.blip2_stage2_small),
         *(blip3.xgenmm_pretrain, blip3.xgenmm_sft, blip3.xgenmm_dpo),
+        *(blip3.xgenmm_safety, blip3.xgenmm_video),
         *(blip3.blip3_small_pretrain, blip3.blip3_small_sft, blip3.blip3_small_dpo),
         *(blip3.blip3_small_anyres, blip3.blip3_small_fixed, blip3.blip3_small_fixed_sampling),
         blip3.blip3_small_conditioned,

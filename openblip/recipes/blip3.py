@@ -5,6 +5,7 @@ from dataclasses import replace
 from openblip.models.blip3 import ADDED_TOKENS, Blip3Config
 from openblip.models.lm import LmConfig, LoraSettings
 from openblip.models.resampler import ResamplerConfig
+from openblip.models.temporal import TemporalConfig
 from openblip.models.vit import VisionConfig
 from openblip.recipes.recipe import Language, Recipe
 from openblip.train.config import TrainConfig
@@ -51,6 +52,26 @@ def xgenmm_dpo() -> Recipe:
     return replace(
         recipe, stage="blip3_dpo", train=train, language=language, dpo_task=DpoTaskConfig(noise_step=500)
     )
+
+
+def xgenmm_safety() -> Recipe:
+    """BLIP-3 safety tuning: adapters, three epochs of 2,000 rows of VLGuard with 5,000 of the instructions.
+
+    `openblip train xgenmm_safety --data vlguard instructions --take 2000 5000 --init ...`
+    """
+    recipe = xgenmm_dpo()
+    return replace(recipe, stage="blip3_sft", train=replace(recipe.train, max_steps=328), bucket=True)
+
+
+def xgenmm_video() -> Recipe:
+    """BLIP-3-Video: an instructed model of pictures, with an encoder of 8 frames to 32 tokens.
+
+    The paper names its data, video captions and then video questions, and no learning rate: this is that of pictures.
+    """
+    recipe = xgenmm_sft()
+    assert recipe.blip3 is not None
+    temporal = TemporalConfig(3072, "ttm", num_tokens=32, intermediate_size=3072)
+    return replace(recipe, blip3=replace(recipe.blip3, temporal=temporal), bucket=False)
 
 
 def blip3_small_pretrain() -> Recipe:

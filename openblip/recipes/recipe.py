@@ -67,7 +67,7 @@ class Recipe:
     max_length: tokens of a text; for BLIP-3 of a whole row, vision tokens included.
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
-    max_images: conversations with more are left out, documents cut (BLIP-3).
+    max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
     stage: Stage
@@ -94,6 +94,7 @@ class Recipe:
     bucket: bool = False
     pack: bool = False
     max_images: int = 4
+    frames: int = 8
     workers: int = 2
 
     @property

@@ -23,7 +23,6 @@ from openblip.data.rows import BadRow, BadRows, Row
 from openblip.data.tiles import TileTransform
 from openblip.data.tokens import AddedTokens
 from openblip.data.transforms import ImageTransform
-from openblip.data.video import FRAMES
 from openblip.models.blip3 import Blip3
 from openblip.recipes import Recipe
 from openblip.train import distributed
@@ -41,7 +40,7 @@ def blip3_loader(
     how: dict[str, Any] = {
         "vision_length": config.vision_length,
         "max_length": recipe.max_length,
-        "frames": None if config.temporal is None else FRAMES,
+        "frames": None if config.temporal is None else recipe.frames,
     }
     tiles = TileTransform(transform, config.used_grids)
     condition = 0 if config.resampler.condition_size is None else MAX_CONDITION

@@ -32,7 +32,7 @@ def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmToken
         return _joined(recipe, recipe.language)
     if not isinstance(init.model, Blip3) or init.lm_tokenizer is None:
         raise UserError(f"{recipe.stage}: begins with a BLIP-3, not with a {type(init.model).__name__}")
-    model = _with_language(init.model, recipe.language)
+    model = _with_temporal(_with_language(init.model, recipe.language), recipe)
     _halve_frozen_(model.lm, recipe)
     return model, init.lm_tokenizer
 
@@ -49,7 +49,8 @@ def _joined(recipe: Recipe, language: Language) -> tuple[Blip3, LmTokenizer]:
     )  # fmt: skip
     lm.config.family = language.family
     resampler = replace(geometry.resampler, output_size=lm.hidden_size)
-    model = Blip3(replace(geometry, lm=lm.config, resampler=resampler), lm)
+    temporal = geometry.temporal and replace(geometry.temporal, hidden_size=lm.hidden_size)
+    model = Blip3(replace(geometry, lm=lm.config, resampler=resampler, temporal=temporal), lm)
     if recipe.vision_init is not None:
         load_tower_(model.vision, recipe.vision_init)
     family = language.family or lm.config.config["model_type"]
@@ -78,6 +79,18 @@ def _with_language(model: Blip3, language: Language) -> Blip3:
     lm.added_words, lm.added_head = model.lm.added_words, model.lm.added_head
     found = Blip3(replace(model.config, lm=wanted), lm)
     found.vision, found.resampler, found.temporal = model.vision, model.resampler, model.temporal
+    return found
+
+
+def _with_temporal(model: Blip3, recipe: Recipe) -> Blip3:
+    """A model of pictures, with the recipe's encoder for videos if it has none."""
+    assert recipe.blip3 is not None
+    if model.temporal is not None or recipe.blip3.temporal is None:
+        return model
+    tokens = model.config.resampler.num_latents
+    temporal = replace(recipe.blip3.temporal, hidden_size=model.lm.hidden_size, frame_tokens=tokens)
+    found = Blip3(replace(model.config, temporal=temporal), model.lm)
+    found.vision, found.resampler = model.vision, model.resampler
     return found
 
 

@@ -117,11 +117,14 @@ class DpoTask(Task):
 
     def forward(self, batch: Batch) -> Losses:
         """{"dpo": loss} and, with noise, {"dpo_noise"}: the loss against what was said of the noisy pictures."""
-        pairs = len(batch["labels"]) // 2
-        gains = self._gains(batch)
+        pairs, seen = len(batch["labels"]) // 2, batch
+        if self.model.config.freeze_vision and "pixel_values" in batch:  # policy and reference see the same
+            seen = {**batch, "tile_embeds": self.model.encode_image(batch["pixel_values"])}
+        gains = self._gains(seen)
         losses = {"dpo": dpo_loss(gains[:pairs], gains[pairs:], self.config.beta)}
         if self.config.noise_step is not None:
-            losses["dpo_noise"] = dpo_loss(gains[:pairs], self._gains(self._misled(batch)), self.config.beta)
+            misled = {**seen, **self._misled(batch)}
+            losses["dpo_noise"] = dpo_loss(gains[:pairs], self._gains(misled), self.config.beta)
         losses["dpo"] = losses["dpo"] + _idle(self.model, batch)
         return losses
 
@@ -157,7 +160,8 @@ class DpoTask(Task):
 
     @torch.no_grad()
     def _misled(self, batch: Batch) -> Batch:
-        """The prompts of the chosen answers, with what the model itself says when noise is laid over the pictures."""
+        """input_ids, labels and image_index: the prompts of the chosen answers, and what the model itself says to them
+        when noise is laid over the pictures."""
         if "pixel_values" not in batch:
             raise UserError("noise_step: noise is put on pixels, so pictures cannot come as cached features")
         assert self.config.noise_step is not None
@@ -185,7 +189,7 @@ class DpoTask(Task):
         ends = (prompts + said.lengths)[:, None]
         counted = (places >= prompts[:, None]) & (places < ends)
         labels = told.masked_fill(~counted, -100)
-        return {**batch, "input_ids": told, "labels": labels, "image_index": index}
+        return {"input_ids": told, "labels": labels, "image_index": index}
 
 
 def vision_runs(model: Blip3, batch: Batch) -> list[Tensor]:

@@ -7,7 +7,8 @@ import pytest
 
 from openblip.config import UserError
 from openblip.data.loader import Loader
-from openblip.data.mixture import Mixture
+from openblip.data.mixture import MixedRows, Mixture
+from openblip.data.rows import Row
 
 
 class Numbers:
@@ -59,3 +60,42 @@ def test_a_loader_sees_the_same_mixture_again():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         Mixture(*arguments)
+
+
+def rows(name: str, count: int) -> list[Row]:
+    return [Row(f"{number}.png", [b""], [name]) for number in range(count)]
+
+
+def test_so_many_rows_of_each():
+    mixed = MixedRows([rows("a", 100), rows("b", 3)], [10, 8])
+    assert len(mixed) == 18
+    found = [mixed[place] for place in range(18)]
+    assert [row.captions[0] for row in found] == ["a"] * 10 + ["b"] * 8
+    ids = [row.id for row in found]
+    assert len(set(ids[:10])) == 10, "without putting back"
+    assert sorted(Counter(ids[10:]).values()) == [2, 3, 3], "all of them, and again"
+    assert (
+        ids
+        == [mixed[place].id for place in range(18)]
+        == [row.id for row in MixedRows(mixed.sources, [10, 8])]
+    )
+    assert ids != [row.id for row in MixedRows(mixed.sources, [10, 8], seed=1)]
+
+
+def test_equal_file_names_are_not_the_same_picture():
+    mixed = MixedRows([rows("a", 3), rows("b", 3)])
+    assert len(mixed) == len({row.id for row in mixed}) == 6
+
+
+@pytest.mark.parametrize(
+    ("sources", "counts", "message"),
+    [
+        ([], None, "0 data sets"),
+        ([rows("a", 2)], [1, 2], "1 data sets to mix, and 2 numbers"),
+        ([rows("a", 2), []], None, "data set 2 of the mixture: 0 rows"),
+        ([rows("a", 2)], [0], "of which 0 are to be taken"),
+    ],
+)
+def test_impossible_mixtures_of_rows(sources, counts, message):
+    with pytest.raises(UserError, match=message):
+        MixedRows(sources, counts)

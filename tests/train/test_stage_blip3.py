@@ -13,6 +13,7 @@ from openblip.hub import load_pretrained
 from openblip.models.blip3 import Blip3, Blip3Config
 from openblip.models.lm import LmConfig
 from openblip.models.resampler import ResamplerConfig
+from openblip.models.temporal import TemporalConfig
 from openblip.recipes import Language, Recipe
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
@@ -146,7 +147,10 @@ def test_adapters_are_put_in_for_instructions_and_go_on_in_dpo(base, data, langu
     after = load_pretrained(sft).model
     assert after.lm.config.lora == tiny.ADAPTERS and after.lm.config.source == language.source
     assert not torch.equal(after.resampler.latents, before["resampler.latents"])
-    dpo = run_stage(recipe("blip3_dpo", taught, init=str(sft)), data["pairs"], tmp_path / "dpo")
+    all_pairs = {"batch_size": 8, "lr": 1e-4}
+    dpo = run_stage(
+        recipe("blip3_dpo", taught, init=str(sft), train=all_pairs), data["pairs"], tmp_path / "dpo"
+    )
     assert dpo.fit.losses.keys() == {"dpo"}
     assert dpo.fit.losses["dpo"] < 0.6932, "after the first step chosen answers have gained"
     assert load_pretrained(dpo.folder).info["stage"] == "blip3_dpo"
@@ -169,6 +173,22 @@ def test_a_language_model_that_trains_whole_is_saved_whole(base, data, language,
     }
     assert all(torch.equal(v, kept[name]) for name, v in found.model.lm.model.state_dict().items())
     assert again.model.lm.config.lora == tiny.ADAPTERS
+
+
+def test_a_model_of_pictures_gets_an_encoder_for_videos(base, data, language, tmp_path):
+    chosen = recipe("blip3_sft", language, init=str(base), frames=3)
+    videos = replace(chosen.blip3, temporal=TemporalConfig(1, "attention", num_tokens=2))
+    chosen = replace(chosen, blip3=videos)
+    model = prepare(chosen, data["chats"]).model
+    assert (
+        model.config.temporal.hidden_size == model.lm.hidden_size and model.config.temporal.frame_tokens == 3
+    )
+    first = load_pretrained(base).model.state_dict()
+    assert all(
+        torch.equal(v, first[name]) for name, v in model.state_dict().items() if "temporal" not in name
+    )
+    found = load_pretrained(run_stage(chosen, data["chats"], tmp_path / "run").folder).model
+    assert found.temporal is not None and found.config.vision_length(0, 0, 3) == 2
 
 
 def test_a_token_budget_in_place_of_a_number_of_rows(base, data, language, tmp_path):

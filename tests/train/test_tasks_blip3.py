@@ -1,6 +1,14 @@
-"""BLIP-3's stages: losses by hand, what trains and what does not, DPO's known cases, overfitting, resuming."""
+"""BLIP-3's stages: losses by hand, what trains and what does not, DPO's known cases, overfitting, resuming.
 
+Run by torchrun, this file is what the two processes do.
+"""
+
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +16,7 @@ import torch.nn.functional as F
 
 from openblip.config import ConfigError, UserError
 from openblip.models.generation import GenerationConfig
+from openblip.train import distributed, log
 from openblip.train.loop import fit
 from openblip.train.objectives import dpo_loss, sequence_log_probs
 from openblip.train.tasks_blip3 import Blip3Task, Blip3TaskConfig, DpoTask, DpoTaskConfig, diffused
@@ -15,6 +24,7 @@ from tests.models.tiny_blip3 import PIXELS, text, tiny_blip3
 from tests.models.tiny_lms import EOS, PAD
 from tests.train import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 GRIDS = [(2, 1, 64, 32), (0, 0, 30, 30), (1, 2, 20, 60)]
 
 
@@ -205,6 +215,16 @@ def test_dpo_starts_at_log_2_and_prefers_what_was_chosen():
     assert trained == wanted - {"lm.added_words.weight"}, "which are in none of these texts"
 
 
+def test_a_frozen_tower_sees_each_picture_once(monkeypatch):
+    model, found = blip3(lora=tiny.ADAPTERS), pairs()
+    task = DpoTask(model, DpoTaskConfig(noise_step=500, max_new_tokens=2)).train()
+    seen, look = [], model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda pixels: seen.append(len(pixels)) or look(pixels))
+    task.begin_step(0)
+    task(found)
+    assert seen == [10, 10], "and once with noise over it"
+
+
 def test_a_second_rejected_answer_comes_from_noisy_pictures():
     model, found = blip3(lora=tiny.ADAPTERS), pairs()
     task = DpoTask(model, DpoTaskConfig(beta=0.5, noise_step=500, max_new_tokens=4, seed=3)).train()
@@ -223,7 +243,6 @@ def test_a_second_rejected_answer_comes_from_noisy_pictures():
         said = model.generate(seen, torch.ones(1, first), GenerationConfig(max_new_tokens=4))
         answer = misled["labels"][row]
         assert answer[answer != -100].tolist() == said.sequences[0, : said.lengths[0]].tolist()
-    torch.testing.assert_close(misled["pixel_values"], found["pixel_values"], rtol=0, atol=0)
     with pytest.raises(UserError, match="noise is put on pixels"):
         task(
             {
@@ -269,3 +288,64 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(kind, tmp_path):
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert (whole.model.resampler.latents != task().model.resampler.latents).any()
+
+
+class Shares:
+    """Batches of two halves, one for each rank; in the third step the second half has no picture."""
+
+    def batches(self, start: int):
+        while True:
+            halves = [batch(4, 2 * start), batch(4, 2 * start + 1, images=start != 2)]
+            mine = halves if distributed.world_size() == 1 else [halves[distributed.rank()]]
+            width = max(half["labels"].shape[1] for half in mine)
+            fills = {"input_ids": PAD, "labels": -100, "attention_mask": 0}
+            found = {
+                name: torch.cat([F.pad(h[name], (0, width - h[name].shape[1]), value=fill) for h in mine])
+                for name, fill in fills.items()
+            }
+            for name in ("grids", "pixel_values"):
+                found[name] = torch.cat([half[name] for half in mine if name in half] or [torch.zeros(0, 4)])
+            if not len(found["grids"]):
+                del found["pixel_values"]
+            yield {**found, "ids": [name for half in mine for name in half["ids"]]}
+            start += 1
+
+
+def two_runs(folder: Path, name: str) -> None:
+    for kind in ("adapters", "whole"):
+        model = blip3(**({"lora": tiny.ADAPTERS} if kind == "adapters" else {"trainable": True}))
+        settings = tiny.settings(4, shard=kind == "whole")
+        fit(Blip3Task(model, Blip3TaskConfig()), Shares(), settings, folder / f"{name}-{kind}")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """With adapters, and in shards with the whole language model; one of them once without any picture."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    two_runs(tmp_path, "one")
+    for kind in ("adapters", "whole"):
+        one, two = (
+            [json.loads(line)["losses"]["lm"] for line in (tmp_path / f"{name}-{kind}/metrics.jsonl").open()]
+            for name in ("one", "two")
+        )
+        assert len(one) == 4 and one == pytest.approx(two, abs=1e-5) and len(set(one)) == 4
+
+
+def test_dpo_does_not_go_in_shards():
+    with pytest.raises(ConfigError, match="shard: DPO"):
+        DpoTask(blip3(lora=tiny.ADAPTERS), DpoTaskConfig()).shard_units()
+
+
+if __name__ == "__main__":
+    distributed.init_from_env()
+    log.draw_curves = lambda metrics, picture: None
+    two_runs(Path(sys.argv[1]), "two")
+    distributed.shutdown()
