@@ -19,6 +19,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(blip.caption_coco, blip.vqa_v2, blip.nlvr2),
         *(blip2.blip2_stage1, blip2.blip2_stage2, blip2.instructblip),
         *(blip2.blip2_stage1_small, blip2.blip2_stage2_small),
+        *(blip2.blip2_stage1_short, blip2.blip2_stage1_short_without_itg),
+        *(blip2.blip2_stage2_short, blip2.blip2_stage2_short_alone),
         *(blip3.xgenmm_pretrain, blip3.xgenmm_sft, blip3.xgenmm_dpo),
         *(blip3.xgenmm_safety, blip3.xgenmm_video),
         *(blip3.blip3_small_pretrain, blip3.blip3_small_sft, blip3.blip3_small_dpo),

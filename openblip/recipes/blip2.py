@@ -73,3 +73,29 @@ def blip2_stage2_small() -> Recipe:
         recipe, stage="blip2_stage2", train=train, language=Language(), blip2_llm_task=task, calibrate=0,
         vision_init=None, text_init=None,
     )  # fmt: skip
+
+
+def blip2_stage1_short() -> Recipe:
+    """The paper's table 6 in small, with ITG: a fifth of the steps of `blip2_stage1_small`."""
+    recipe = blip2_stage1_small()
+    return replace(recipe, train=replace(recipe.train, max_steps=500))
+
+
+def blip2_stage1_short_without_itg() -> Recipe:
+    """The same without ITG: matching alone."""
+    recipe = blip2_stage1_short()
+    assert recipe.blip2 is not None
+    return replace(recipe, blip2=replace(recipe.blip2, decoder=False))
+
+
+def blip2_stage2_short() -> Recipe:
+    """The paper's figure 5 in small: a short stage 2 with the language model's loss alone, on a stage 1."""
+    recipe = blip2_stage2_small()
+    train = replace(recipe.train, max_steps=200)
+    return replace(recipe, train=train, blip2_llm_task=replace(recipe.blip2_llm_task, stage1=None))
+
+
+def blip2_stage2_short_alone() -> Recipe:
+    """The same without stage 1: the Q-Former begins as stage 1 did."""
+    recipe = blip2_stage2_short()
+    return replace(recipe, vision_init="dinov2_small", text_init="minilm", calibrate=256)

@@ -10,6 +10,7 @@ from openblip.config import UserError
 from openblip.convert import parts
 from openblip.convert.lm import LmDtype, lm_folder, load_lm
 from openblip.convert.tower import load_tower_
+from openblip.convert.weights import LoadReport
 from openblip.data.collate import PairCollator, PairDataset, Rows
 from openblip.data.loader import Loader
 from openblip.data.prompts import LmTokenizer
@@ -63,25 +64,20 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
         UserError: a fine-tune has nothing to begin with, or something its stage cannot use.
     """
     torch.manual_seed(recipe.train.seed)
-    has_start = init is not None or recipe.init is not None
+    if init is None and recipe.init is not None:
+        init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
     if recipe.stage.startswith("blip3"):
-        if init is None and recipe.init is not None:
-            init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
         return _blip3(recipe, init)
-    if recipe.stage not in ("blip2_stage2", "instruct"):
-        has_start = has_start or bool(recipe.vision_init or recipe.text_init)
+    has_start = init is not None or bool(recipe.vision_init or recipe.text_init)
     if recipe.stage not in ("clip", "pretrain", "blip2_stage1") and not has_start:
         raise UserError(
             f"{recipe.stage}: fine-tunes a pre-trained model, and this recipe names none; set `init` "
             "(--init FOLDER, or a hub name)"
         )
-    if init is None and recipe.init is not None:
-        init = load_pretrained(recipe.init, image_size=recipe.system.vision.image_size)
     if recipe.stage == "clip":
         return _clip(recipe, init)
     if recipe.stage in ("blip2_stage2", "instruct"):
-        assert init is not None
-        return _stage2(recipe, init)
+        return _stage2(recipe, _untaught(recipe, rows) if init is None else init)
     wanted = Blip2 if recipe.stage == "blip2_stage1" else Blip
     fresh = _fresh_blip2 if wanted is Blip2 else _fresh_blip
     start: Any = init.model if init is not None else fresh(recipe)
@@ -95,6 +91,12 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
         _calibrate_(start, recipe, rows, tokenizer, transform)
     frozen = _named_parts(recipe) if init is None else init.frozen
     return Ingredients(_for_stage(recipe, start), tokenizer, transform, frozen)
+
+
+def _untaught(recipe: Recipe, rows: Rows) -> Pretrained:
+    """What stage 1 begins with, in the place of what it makes: stage 2 without stage 1 (BLIP-2's figure 5)."""
+    first = prepare(replace(recipe, stage="blip2_stage1"), rows)
+    return Pretrained(first.model, first.tokenizer, first.transform, {}, LoadReport(), first.frozen)
 
 
 def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:

@@ -124,6 +124,18 @@ def test_stage2_stands_on_stage1_and_names_its_language_model(keeps, stage1, lan
     assert again.fit.step == 2, "and stage 2 may go on from stage 2"
 
 
+def test_stage2_without_stage1_begins_as_stage1_does(language, rows, monkeypatch):
+    monkeypatch.setattr(
+        "openblip.train.ingredients.load_tower_", lambda vision, source: vision.requires_grad_(False)
+    )
+    chosen = recipe("blip2_stage2", language=Language(str(language)), vision_init="somewhere", calibrate=6)
+    alone = prepare(chosen, rows).model
+    first = prepare(replace(chosen, stage="blip2_stage1"), rows).model.state_dict()
+    mine = alone.blip2.state_dict()
+    assert isinstance(alone, Blip2Llm) and "qformer.query_tokens" in mine
+    assert all(torch.equal(value, first[name]) for name, value in mine.items())
+
+
 def test_another_language_model_is_refused(stage1, language, rows, tmp_path):
     folder = run_stage(stage2(language, stage1), rows, tmp_path / "run").folder
     other = tmp_path / "other"
