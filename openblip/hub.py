@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from openblip.config import UserError, from_dict, save_json, to_dict
 from openblip.convert.files import publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
 from openblip.convert.huggingface import from_huggingface, to_huggingface
-from openblip.convert.huggingface_config import image_transform
 from openblip.convert.lm import lm_folder, load_lm
+from openblip.convert.preprocessor import image_transform
 from openblip.convert.weights import (
     LM,
     SYSTEMS,
@@ -178,7 +178,7 @@ def load_pretrained(
     found = load(folder, config, weights, image_size)
     _check_tokenizer(found.tokenizer, found.model.config, str(folder))
     if image_size is not None and found.transform is not None:
-        found.transform = replace(found.transform, image_size=image_size)
+        found.transform = found.transform.at(image_size)
     return found
 
 
