@@ -60,7 +60,9 @@ def image_transform(
     name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in _CLASSES:
         raise UserError(f"{_FILE}: image_processor_type {name}; known are {', '.join(_CLASSES)}")
-    found: dict[str, Any] = _CLASSES[name] | {key: value for key, value in processor.items() if value is not None}
+    found: dict[str, Any] = _CLASSES[name] | {
+        key: value for key, value in processor.items() if value is not None
+    }
     return from_dict(ImageTransform, _settings(found), _FILE), []
 
 
@@ -75,7 +77,9 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{_FILE}: do_pad is true, and no step that is done here")
     if abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UserError(f"{_FILE}: pixels are scaled by {found['rescale_factor']}, here by 1/255 alone")
-    interpolation = found.get("interpolation_mode", _RESAMPLE.get(found["resample"]))  # the first is xGen-MM's
+    interpolation = found.get(
+        "interpolation_mode", _RESAMPLE.get(found["resample"])
+    )  # the first is xGen-MM's
     if interpolation is None:
         raise UserError(f"{_FILE}: resample {found['resample']!r}; known are PIL's {_RESAMPLE}")
     resize, size = _resize(found["size"], square=found.get("default_to_square", True))

@@ -82,7 +82,9 @@ def timm_config(tensors: Mapping[str, Tensor]) -> VisionConfig:
 
 
 def _transformers(name: str, model_type: str, marks: tuple[str, ...], **more: Any) -> Layout:
-    return Layout(origin="transformers", name=name, model_type=model_type, marks=marks, images=model_type, **more)
+    return Layout(
+        origin="transformers", name=name, model_type=model_type, marks=marks, images=model_type, **more
+    )
 
 
 LAYOUTS = (

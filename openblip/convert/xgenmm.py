@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from openblip.config import UserError, from_dict
+from openblip.config import UserError
 from openblip.convert.huggingface_names import siglip_names
 from openblip.convert.layout import COUNTED, Layout, Names, Tensors, under
+from openblip.data.tiles import XGENMM_GRIDS
 from openblip.models.blip3 import ADDED_TOKENS, Blip3Config
 from openblip.models.lm import LmConfig
 from openblip.models.resampler import ResamplerConfig
@@ -25,12 +26,17 @@ from openblip.models.vit import VisionConfig
 _WORDS = 32012  # of Phi-3's tokenizer with <pad>; rows of the vocabulary from here on are out of use
 _VISION_HEADS = _RESAMPLER_HEADS = 16
 _IMAGE_SIZE = 384  # 27 patches of 14 across, and 6 pixels over
-_PHI3 = {
+_PHI3: dict[str, Any] = {
     "model_type": "phi3", "num_attention_heads": 32, "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 2047,
     "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000,
 }  # fmt: skip
-_PHI3_KEYS = {*_PHI3, "rope_scaling", "partial_rotary_factor", "initializer_range"}  # what a folder may say of it
+_PHI3_KEYS = {
+    *_PHI3,
+    "rope_scaling",
+    "partial_rotary_factor",
+    "initializer_range",
+}  # what a folder may say of it
 _SAMPLER = "vision_tokenizer."
 _LAYER = f"{_SAMPLER}layers.{{}}."
 _NAMES: Names = (
@@ -71,18 +77,19 @@ def _config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blip3Co
     encoder = config.get("vision_encoder_config") or {}
     aspect = encoder.get("image_aspect_ratio", "anyres")
     if aspect != "anyres":
-        raise UserError(f"config.json: image_aspect_ratio {aspect!r}; only anyres, that of v1.5, is supported")
+        raise UserError(
+            f"config.json: image_aspect_ratio {aspect!r}; only anyres, that of v1.5, is supported"
+        )
     per_tile = encoder.get("anyres_patch_sampling", True)
-    grids = {}
-    if pixels := encoder.get("anyres_grids"):
-        grids["grids"] = [tuple(side // vision.image_size for side in grid) for grid in pixels]
+    side = vision.image_size
+    grids = [(width // side, height // side) for width, height in encoder.get("anyres_grids") or ()]
     return Blip3Config(
         _language_model(config.get("text_config") or {}, tensors),
         vision,
         _resampler(tensors),
         sampling="anyres" if per_tile else "anyres_fixed_sampling",
         tile_grouping="strip",
-        **grids,
+        grids=grids or list(XGENMM_GRIDS),
     )
 
 
@@ -90,8 +97,8 @@ def _vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
     """SigLIP's image tower."""
     if not any(name.startswith("vision_encoder.") for name in tensors):
         raise UserError(
-            "no vision_encoder: the released training script saves what it trained, and not the tower; add the tensors of "
-            "google/siglip-so400m-patch14-384 (its vision_model.*) as vision_encoder.*"
+            "no vision_encoder: the released training script saves what it trained, and not the tower; add the tensors "
+            "of google/siglip-so400m-patch14-384 (its vision_model.*) as vision_encoder.*"
         )
     width, _, patch, _ = _shape(tensors, "vision_encoder.embeddings.patch_embedding.weight", 4)
     side = round(_shape(tensors, "vision_encoder.embeddings.position_embedding.weight", 2)[0] ** 0.5)
@@ -141,7 +148,10 @@ def _language_model(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> L
         "intermediate_size": _shape(tensors, "lang_model.model.layers.0.mlp.gate_up_proj.weight", 2)[0] // 2,
     }
     return LmConfig(
-        settings, family="xgenmm", added_tokens=len(ADDED_TOKENS), first_added_id=None if first == rows else first
+        settings,
+        family="xgenmm",
+        added_tokens=len(ADDED_TOKENS),
+        first_added_id=None if first == rows else first,
     )
 
 
@@ -160,7 +170,8 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def _layout(name: str, model_type: str | None, prefix: str) -> Layout:
     return Layout(
         origin="xGen-MM", name=name, model_type=model_type, names=_NAMES, config=_config, images="xgenmm",
-        marks=(f"{prefix}vision_tokenizer.latents", f"{prefix}lang_model"), prepare_=_without_wrapper_, ignored=_IGNORED,
+        prepare_=_without_wrapper_, ignored=_IGNORED,
+        marks=(f"{prefix}vision_tokenizer.latents", f"{prefix}lang_model"),
     )  # fmt: skip
 
 

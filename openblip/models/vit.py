@@ -96,7 +96,9 @@ def position_grid(table: Tensor) -> tuple[int, int]:
     side = math.isqrt(table.shape[1])
     first = table.shape[1] - side * side
     if first > 1:
-        raise ValueError(f"{table.shape[1]} position embeddings are no square grid, with or without a class token")
+        raise ValueError(
+            f"{table.shape[1]} position embeddings are no square grid, with or without a class token"
+        )
     return first, side
 
 

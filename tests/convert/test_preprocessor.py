@@ -39,7 +39,9 @@ def photo(width: int, height: int) -> Image.Image:
 
 def with_alpha(width: int, height: int) -> Image.Image:
     image = photo(width, height).convert("RGBA")
-    image.putalpha(Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width), dtype=np.uint8)))
+    image.putalpha(
+        Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width), dtype=np.uint8))
+    )
     return image
 
 
@@ -122,13 +124,17 @@ def test_a_fault_is_seen(change, tmp_path):
 
 
 def test_transparency_shows_white():
-    assert with_alpha(40, 40).getchannel("A").getextrema() == (0, 255)  # so that the comparison above means something
+    assert with_alpha(40, 40).getchannel("A").getextrema() == (
+        0,
+        255,
+    )  # so that the comparison above means something
     clear = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
     assert image_transform("blip", 8, None)[0](open_image(clear)).min() > 1.9
 
 
 def test_what_a_file_leaves_out_is_what_its_class_assumes():
-    for kind, peer in {"clip": CLIPImageProcessorPil, "blip": BlipImageProcessorPil, "vit": ViTImageProcessorPil}.items():  # fmt: skip
+    classes = {"clip": CLIPImageProcessorPil, "blip": BlipImageProcessorPil, "vit": ViTImageProcessorPil}
+    for kind, peer in classes.items():
         full = image_transform(kind, 1, json.loads(peer().to_json_string()))[0]
         assert image_transform(kind, 1, {})[0] == full
     bit = image_transform("dinov2", 1, {"image_processor_type": "BitImageProcessor"})[0]

@@ -101,7 +101,9 @@ def test_without_a_class_token_the_mean_stands_in_its_place_and_what_is_over_is_
     assert torch.equal(model(images), tokens)
     assert model(torch.randn(1, 3, 24, 41)).shape == (1, 1 + 3 * 5, 24)
     resized = resize_position_embedding(model.position_embedding, (3, 5))
-    with_class = resize_position_embedding(torch.cat([torch.ones(1, 1, 24), model.position_embedding], dim=1), (3, 5))
+    with_class = resize_position_embedding(
+        torch.cat([torch.ones(1, 1, 24), model.position_embedding], dim=1), (3, 5)
+    )
     assert torch.equal(with_class, torch.cat([torch.ones(1, 1, 24), resized], dim=1))
     with pytest.raises(ValueError, match="18 position embeddings are no square grid"):
         resize_position_embedding(torch.zeros(1, 18, 24), (3, 5))

@@ -58,7 +58,9 @@ class Released:
         found["lang_model.lm_head.additional_fc.weight"] = self.added_head
         for name in found:
             row = re.sub(r"(?<=layers\.)\d+(?=\.)", "N", name)
-            assert any(re.fullmatch(pattern, row) for pattern in RELEASED_NAMES), f"{name} is not a released name"
+            assert any(re.fullmatch(pattern, row) for pattern in RELEASED_NAMES), (
+                f"{name} is not a released name"
+            )
         return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -87,7 +89,11 @@ def released(*, hidden: int, heads: int, rows: int, first: int, kv_heads: int | 
     )  # fmt: skip
     inner = HEADS * 4
     sampler = {"latents": draw(LATENTS, width), "projection.weight": draw(hidden, width, scale=width**-0.5)}
-    sampler |= {"projection.bias": draw(hidden), "norm.weight": 1 + draw(width, scale=0.3), "norm.bias": draw(width)}
+    sampler |= {
+        "projection.bias": draw(hidden),
+        "norm.weight": 1 + draw(width, scale=0.3),
+        "norm.bias": draw(width),
+    }
     for n in range(DEPTH):
         for norm in ("0.norm_media", "0.norm_latents", "1.0"):
             sampler[f"layers.{n}.{norm}.weight"] = 1 + draw(width, scale=0.3)
@@ -131,7 +137,9 @@ def resample(weights: dict[str, Tensor], media: Tensor, mask: Tensor) -> Tensor:
     return norm(latents, weights, "norm") @ weights["projection.weight"].T + weights["projection.bias"]
 
 
-def groups(tiles: Tensor, columns: int, rows: int, width: int, height: int) -> tuple[list[Tensor], list[Tensor]]:
+def groups(
+    tiles: Tensor, columns: int, rows: int, width: int, height: int
+) -> tuple[list[Tensor], list[Tensor]]:
     """Tokens of a picture's tiles [1 + T, N, D], base first -> what the resampler sees at a time, and what of it is
     picture: the base, then as many tokens as a tile has in reading order over the whole canvas."""
     tokens = SIDE * SIDE
@@ -157,7 +165,9 @@ def groups(tiles: Tensor, columns: int, rows: int, width: int, height: int) -> t
 
 
 @torch.no_grad()
-def logits(peer: Released, pictures: list[tuple[Tensor, tuple[int, int, int, int]]], text: list[int]) -> Tensor:
+def logits(
+    peer: Released, pictures: list[tuple[Tensor, tuple[int, int, int, int]]], text: list[int]
+) -> Tensor:
     """Next-word logits [L, first + 3] of a text in which every `<image>` is one picture, tiles and grid."""
     waiting = iter(pictures)
     vocabulary = peer.lm.get_input_embeddings().weight

@@ -77,7 +77,9 @@ def test_tokens_are_those_of_transformers(kind, tmp_path):
     loaded = load_pretrained(tmp_path, dtype=torch.float64)
     assert gap(loaded.model, peer, images) < TOLERANCE
     own = [name for name, _ in peer.named_parameters()]
-    assert len(loaded.report.loaded) == len(loaded.model.state_dict()) and len(loaded.report.ignored) < len(own)
+    assert len(loaded.report.loaded) == len(loaded.model.state_dict()) and len(loaded.report.ignored) < len(
+        own
+    )
     assert loaded.tokenizer is None and not loaded.report.fresh
 
 
@@ -149,7 +151,7 @@ WIDE = SMALL | {"hidden_size": 128, "num_attention_heads": 2}  # heads of 64, as
 
 
 def as_timm(peer) -> dict[str, Tensor]:
-    """A ViT's weights under the names of timm (cls_token, pos_embed, blocks.N.attn.qkv, ...), with a head for classes."""
+    """A ViT's weights under timm's names (cls_token, pos_embed, blocks.N.attn.qkv, ...), with a head for classes."""
     theirs = peer.state_dict()
     found = {
         "cls_token": theirs["embeddings.cls_token"],
@@ -178,10 +180,16 @@ def wide():
 
 def test_timms_names_are_read(wide):
     tensors = as_timm(wide)
-    extra = {"pre_logits.fc.weight": torch.zeros(128, 128), "pre_logits.fc.bias": torch.zeros(128)}  # of in21k's
+    extra = {
+        "pre_logits.fc.weight": torch.zeros(128, 128),
+        "pre_logits.fc.bias": torch.zeros(128),
+    }  # of in21k's
     model, report = from_checkpoint_({}, tensors | extra, "deit.pth")
     assert gap(model, wide, pixels(2, 3, 32, 32)) < TOLERANCE
-    assert set(report.ignored) == {"head.weight", "head.bias", *extra} and report.layout == "timm VisionTransformer"
+    assert (
+        set(report.ignored) == {"head.weight", "head.bias", *extra}
+        and report.layout == "timm VisionTransformer"
+    )
     swapped = dict(tensors)
     for name in [name for name in tensors if ".attn.qkv." in name]:
         q, k, v = tensors[name].chunk(3)
@@ -200,4 +208,6 @@ def test_what_is_no_timm_vit_is_refused(wide):
     with pytest.raises(UserError, match="16 rows, which leave none for the class token"):
         from_checkpoint_({}, tensors | {"pos_embed": positions[:, 1:]}, "deit.pth")
     with pytest.raises(UserError, match="18 position embeddings are no square grid"):
-        from_checkpoint_({}, tensors | {"pos_embed": torch.cat([positions, positions[:, :1]], dim=1)}, "deit.pth")
+        from_checkpoint_(
+            {}, tensors | {"pos_embed": torch.cat([positions, positions[:, :1]], dim=1)}, "deit.pth"
+        )
