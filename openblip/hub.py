@@ -163,9 +163,7 @@ def load_pretrained(
         WeightsError: tensors that are missing, not known, of another shape, or copies of one tensor that
             differ.
     """
-    place = _find(name_or_path)
-    config = read_object(place / "config.json") if place.is_dir() else {}
-    weights = read_weights(place, dtype)
+    place, config, weights = read_checkpoint(name_or_path, dtype)
     if "openblip_version" in config:
         found = _load_ours(place, config, weights, image_size)
         if tokenizer is not None and reads_text(found.model.config):
@@ -176,6 +174,15 @@ def load_pretrained(
     if image_size is not None and found.transform is not None:
         found.transform = found.transform.at(image_size)
     return found
+
+
+def read_checkpoint(
+    name_or_path: str | Path, dtype: torch.dtype | None = torch.float32
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """What is there, as it is: (the folder or file, its config.json or {}, its tensors). See `load_pretrained`."""
+    place = _find(name_or_path)
+    config = read_object(place / "config.json") if place.is_dir() else {}
+    return place, config, read_weights(place, dtype)
 
 
 def _load_ours(
