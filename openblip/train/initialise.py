@@ -8,7 +8,7 @@ from torch import nn
 from openblip.config import UserError
 from openblip.convert import parts
 from openblip.convert.bert import bert_
-from openblip.convert.weights import LoadReport, refuse, resize_positions_
+from openblip.convert.weights import LoadReport, refuse
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
 from openblip.hub import load_pretrained, read_checkpoint
@@ -37,14 +37,15 @@ def load_tower_(vision: nn.Module, source: str) -> tuple[LoadReport, ImageTransf
         tower = parts.dinov2_small(vision.config.image_size, vision.config.num_hidden_layers)
         transform = ImageTransform(vision.config.image_size, parts.DINOV2_MEAN, parts.DINOV2_STD)
         return _copy_tower_(vision, tower, LoadReport(source)), transform
-    found = load_pretrained(source)
+    found = load_pretrained(source, image_size=vision.config.image_size)
     model = getattr(found.model, "blip2", found.model)
     tower = getattr(model, "vision", model)
     if not isinstance(tower, VisionTransformer):
         raise UserError(
             f"vision_init {source!r}: a {type(found.model).__name__} without an image tower of ours"
         )
-    return _copy_tower_(vision, tower, LoadReport(source, found.report.layout)), found.transform
+    report = LoadReport(source, found.report.layout, interpolated=found.report.interpolated)
+    return _copy_tower_(vision, tower, report), found.transform
 
 
 def load_text_(model: Blip | Blip2, source: str) -> tuple[list[LoadReport], Tokenizer | None]:
@@ -108,7 +109,6 @@ def _copy_tower_(vision: VisionTransformer, tower: VisionTransformer, report: Lo
         for name in [name for name in state if name.startswith(tuple(left_out))]:
             report.ignored[name] = f"this tower has {mine.num_hidden_layers} blocks"
             del state[name]
-    report.interpolated = resize_positions_(state, own)
     wrong = [
         f"{name} is {list(value.shape)}, not {list(own[name].shape)}"
         for name, value in state.items()
