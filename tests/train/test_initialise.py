@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -145,9 +146,15 @@ def test_a_file_of_deit_is_taken_and_its_positions_are_resized(tmp_path):
     images = pixels(2, 3, 48, 48).float()
     wanted = peer(images, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(vision(images), wanted, rtol=0, atol=1e-4)
-    assert (
-        report.interpolated == {"position_embedding": "4 x 4 -> 6 x 6 patches, bicubic"} and not report.notes
-    )
+    assert report.interpolated == {"position_embedding": "4 x 4 -> 6 x 6 patches, bicubic"}
+    assert not report.notes
+    folder = tmp_path / "timm"  # as timm's own are on the hub, with a config.json that is not transformers'
+    folder.mkdir()
+    save_file(as_timm(peer), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architecture": "vit_base_patch16_224", "num_classes": 10}')
+    again = VisionTransformer(vision.config)
+    load_tower_(again, str(folder))
+    assert all(torch.equal(value, vision.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_another_epsilon_is_told(tmp_path):
