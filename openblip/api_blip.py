@@ -208,7 +208,7 @@ class Pipeline:
         query, [B, Q, P]; there it is the largest of the Q dot products (see `similarity`). An image tower by itself
         gives its token 0 as it is.
         """
-        model = self.model if isinstance(self.model, ImageTower) else self.matcher
+        model: Any = self.model if isinstance(self.model, ImageTower) else self.matcher
         self._require(model is not None, "embedding")
         single, images = listed(images)
         if not images:
