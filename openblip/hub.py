@@ -26,9 +26,11 @@ from openblip import __version__
 from openblip.config import UserError, from_dict, save_json, to_dict
 from openblip.convert.files import publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
-from openblip.convert.huggingface import from_huggingface, to_huggingface
+from openblip.convert.huggingface import to_huggingface
 from openblip.convert.huggingface_config import image_transform
+from openblip.convert.layout import model_from_
 from openblip.convert.lm import lm_folder, load_lm
+from openblip.convert.recognise import find_layout
 from openblip.convert.weights import (
     LM,
     SYSTEMS,
@@ -245,11 +247,12 @@ def _lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
 def _load_theirs(
     folder: Path, config: dict[str, Any], weights: dict[str, Tensor], image_size: int | None
 ) -> Pretrained:
-    model, report = from_huggingface(config, weights, str(folder), image_size=image_size)
+    layout = find_layout(config, weights, str(folder))
+    model, report = model_from_(layout, config, weights, str(folder), image_size=image_size)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     processor = next((read_object(file) for file in files if file.is_file()), None)
     vision = getattr(model.config, "vision", model.config)
-    transform, notes = image_transform(config["model_type"], vision.image_size, processor)
+    transform, notes = image_transform(layout.images, vision.image_size, processor)
     report.notes += notes
     tokenizer, place = None, folder
     if isinstance(model, Blip2Llm):  # InstructBLIP keeps the Q-Former's beside that of the language model

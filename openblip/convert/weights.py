@@ -158,7 +158,9 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def resize_positions_(tensors: MutableMapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
+def resize_positions_(
+    tensors: MutableMapping[str, Tensor], wanted: Mapping[str, Tensor], *, align_corners: bool = False
+) -> dict[str, str]:
     """Resize tables of position embeddings [1, 1 + n², D] to the grid the model wants: {name: "sizes"}.
 
     Only between square grids, which is what `VisionTransformer` is configured with; bicubic (BLIP §4.1).
@@ -170,7 +172,7 @@ def resize_positions_(tensors: MutableMapping[str, Tensor], wanted: Mapping[str,
             continue
         old, new = (round((size - 1) ** 0.5) for size in (value.shape[1], shape[1]))
         if (old * old, new * new) == (value.shape[1] - 1, shape[1] - 1):
-            tensors[name] = resize_position_embedding(value, (new, new))
+            tensors[name] = resize_position_embedding(value, (new, new), align_corners=align_corners)
             resized[name] = f"{old} x {old} -> {new} x {new} patches, bicubic"
     return resized
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, BlipConfig, CLIPConfig, Dinov2Config
 
-from openblip.convert.huggingface import from_huggingface
+from openblip.convert.recognise import from_checkpoint_
 from openblip.models.layers import ACTIVATIONS, Attention, Mlp
 
 TOLERANCE = 1e-9
@@ -150,7 +150,7 @@ def cut(sequences: Tensor) -> list[list[int]]:
 def ours(peer: nn.Module) -> nn.Module:
     """Our model with a copy of the peer's weights."""
     weights = {name: value.clone() for name, value in peer.state_dict().items()}
-    return from_huggingface(peer.config.to_dict(), weights, "peer")[0]
+    return from_checkpoint_(peer.config.to_dict(), weights, "peer")[0]
 
 
 def pixels(*shape: int, seed: int = 1) -> Tensor:

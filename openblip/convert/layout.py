@@ -1,0 +1,128 @@
+"""The walker: one table of names and a configuration are all that another layout of weights needs to become ours."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip.convert.weights import (
+    LM,
+    LoadReport,
+    empty_model,
+    fill_,
+    merge_tied_,
+    refuse,
+    resize_positions_,
+    tied_in,
+)
+
+# Our module or parameter -> theirs; several of theirs are one of ours, stacked. {} is the number of the layer. A name
+# that ends in a dot stands for all below it, which is called the same in both.
+Names = dict[str, str | tuple[str, ...]]
+Tensors = dict[str, Tensor]
+
+COUNTED = {r".*\.position_ids": "0, 1, 2, … are counted at run time"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One kind of checkpoint: how to know it, and how its configuration, names and tensors become ours."""
+
+    origin: str  # the code that writes it
+    name: str  # of the class there
+    model_type: str | None = (
+        None  # in its config.json; None: it comes as a file of tensors, without a config.json
+    )
+    marks: tuple[str, ...]  # modules or tensors that are in it, what tells it from others of the same origin
+    names: Names
+    config: Callable[
+        [Mapping[str, Any], Mapping[str, Tensor]], Any
+    ]  # its config.json ({}: none), prepared tensors
+    images: str  # how they are prepared if no file says: a kind of `huggingface_config.image_transform`
+    prepare_: Callable[[Tensors], None] | None = None  # what names alone cannot say, done before all else
+    tied: tuple[tuple[str, str], ...] = ()  # names of theirs that stand for one tensor
+    ignored: Mapping[str, str] = field(default_factory=lambda: COUNTED)  # pattern of their name -> why
+    fresh: Mapping[str, tuple[float, str]] = field(
+        default_factory=dict
+    )  # our name -> value, why it is not in the file
+    align_corners: bool = False  # when its table of positions is resized
+    notes: tuple[str, ...] = ()  # of the load report
+
+
+def under(ours: str, names: Names) -> Names:
+    """The same table for a module that is a part `ours` of a model."""
+    return {f"{ours}.{name}": theirs for name, theirs in names.items()}
+
+
+def model_from_(
+    layout: Layout,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    where: str,
+    *,
+    image_size: int | None = None,
+) -> tuple[Any, LoadReport]:
+    """A model of ours, in eval mode, with the weights of a checkpoint.
+
+    Args:
+        config: its config.json; {} if it has none.
+        tensors: its state dict. It is emptied on the way, so that what is copied is not held twice.
+        where: what to call it in messages.
+        image_size: resize the position embeddings for images of this many pixels.
+
+    Raises:
+        UserError, ConfigError: the configuration is none for our model.
+        WeightsError: tensors that are missing, not known, of another shape, or tied but different; by name.
+    """
+    if layout.prepare_ is not None:
+        layout.prepare_(tensors)
+    model = empty_model(layout.config(config, tensors), image_size)
+    wanted = model.state_dict()
+    theirs = {name: their_names(name, layout.names) for name in wanted if name not in layout.fresh}
+    in_lm = {name: theirs[name][0] for name in wanted if name.startswith(LM)}
+    groups = tied_in(model, {name: tensors[their] for name, their in in_lm.items() if their in tensors})
+    tied = [list(copies) for names in groups for copies in zip(*(theirs[name] for name in names))]
+    report = LoadReport(where, f"{layout.origin} {layout.name}", notes=list(layout.notes))
+    report.tied = merge_tied_(tensors, [*tied, *layout.tied], where)
+    owners = {name: owner for owner, *others in groups for name in others}
+    state: Tensors = {}
+    missing: list[str] = []
+    for name, empty in wanted.items():
+        if name in owners:
+            continue
+        if name in layout.fresh:
+            state[name] = torch.tensor(layout.fresh[name][0])
+            report.fresh[name] = "set to {}: {}".format(*layout.fresh[name])
+            continue
+        if absent := [their for their in theirs[name] if their not in tensors]:
+            missing += absent
+            continue
+        parts = [tensors.pop(their) for their in theirs[name]]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        state[name] = value[(None,) * (empty.ndim - value.ndim)]
+        report.loaded.append(name)
+    for pattern, why in layout.ignored.items():
+        for name in [name for name in tensors if re.fullmatch(pattern, name)]:
+            report.ignored[name] = why
+            del tensors[name]
+    refuse(where, missing=missing, unknown=tensors.keys())
+    state |= {name: state[owner] for name, owner in owners.items()}
+    report.interpolated = resize_positions_(state, wanted, align_corners=layout.align_corners)
+    fill_(model, state, where)
+    return model, report
+
+
+def their_names(name: str, names: Names) -> tuple[str, ...]:
+    """The tensors of theirs that a tensor of ours is made of, by the table."""
+    for ours, theirs in names.items():
+        if ours.endswith(".") and name.startswith(ours):
+            return (f"{theirs}{name.removeprefix(ours)}",)
+    number = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+    row = name if number is None else name[: number.start()] + "{}" + name[number.end() :]
+    module, _, leaf = row.rpartition(".")
+    theirs, leaf = (names[row], "") if row in names else (names[module], f".{leaf}")
+    theirs = (theirs,) if isinstance(theirs, str) else theirs
+    return tuple((part + leaf).format("" if number is None else number.group()) for part in theirs)
