@@ -30,6 +30,7 @@ from openblip.convert.huggingface import to_huggingface
 from openblip.convert.huggingface_config import image_transform
 from openblip.convert.layout import model_from_
 from openblip.convert.lm import lm_folder, load_lm
+from openblip.convert.processor import put_image_token_, save_processor
 from openblip.convert.recognise import find_layout
 from openblip.convert.weights import (
     LM,
@@ -109,11 +110,7 @@ def save_pretrained(
             frozen part or source that is not known.
         ConfigError: `info` holds something JSON cannot.
     """
-    kind = next(
-        (name for name, (cls, _) in SYSTEMS.items() if type(getattr(model, "config", None)) is cls), None
-    )
-    if kind is None:
-        raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
+    kind = _kind_of(model)
     _check_tokenizer(tokenizer, model.config, "save_pretrained")
     weights = model.state_dict()
     for _, *others in tied_names(model):
@@ -140,19 +137,52 @@ def save_pretrained(
     publish(Path(folder), _is_ours, write)
 
 
-def save_for_transformers(model: nn.Module, folder: str | Path) -> None:
-    """Write config.json and model.safetensors as transformers reads them, for its own class of this model.
+def save_for_transformers(
+    model: nn.Module | Pretrained,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    transform: ImageTransform | None = None,
+    info: dict[str, Any] | None = None,
+    lm_tokenizer: LmTokenizer | None = None,
+    approximate: bool = False,
+) -> list[str]:
+    """Write a folder that transformers loads with its own classes and processor; see `convert.processor`.
 
-    Raises UserError if there is no such class; BLIP's halves go one by one (`without_encoder`,
-    `without_decoder`).
+    All weights are in it, also those of parts that our own folders name. Adapters are added to what they adapt.
+
+    Args:
+        model: with what belongs to it, as `load_pretrained` gives it; or alone, and the rest as in `save_pretrained`.
+            What is not given is not written: without image transform and tokenizers there is no processor.
+        approximate: allow what transformers cannot hold exactly: one epsilon for the norms of the tower and the one
+            behind it (1e-6 and 1e-5 in the released BLIP-2; the tower's is taken, as in transformers' own conversion).
+
+    Returns what deserves to be known about the folder.
+
+    Raises UserError if there is no such class; BLIP's halves go one by one (`without_encoder`, `without_decoder`).
     """
-    config, weights = to_huggingface(model)
+    found = (
+        model
+        if isinstance(model, Pretrained)
+        else Pretrained(model, tokenizer, transform, info or {}, LoadReport(), lm_tokenizer=lm_tokenizer)
+    )
+    kind, words = _kind_of(found.model), found.lm_tokenizer
+    config, weights, notes = to_huggingface(found.model, approximate=approximate)
+    if words is not None:
+        notes += put_image_token_(config, weights, found.model.lm, words)
 
     def write(part: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_weights(weights, part)
+        save_processor(part, config, found.transform, found.tokenizer, words)
+        page = model_card(
+            found.model, kind, Path(folder).resolve().name, __version__, found.info, found.frozen,
+            transformers=config["architectures"][0],
+        )  # fmt: skip
+        (part / "README.md").write_text(page, encoding="utf-8")
 
     publish(Path(folder), _is_ours, write)
+    return notes
 
 
 def load_pretrained(
@@ -182,6 +212,14 @@ def load_pretrained(
     if image_size is not None and found.transform is not None:
         found.transform = replace(found.transform, image_size=image_size)
     return found
+
+
+def _kind_of(model: nn.Module) -> str:
+    """Its name in `SYSTEMS`."""
+    for name, (cls, _) in SYSTEMS.items():
+        if type(getattr(model, "config", None)) is cls:
+            return name
+    raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
 
 
 def _load_ours(
