@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from openblip.config import UserError, from_dict, save_json, to_dict
 from openblip.convert.files import publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
 from openblip.convert.huggingface import to_huggingface
-from openblip.convert.huggingface_config import image_transform
+from openblip.convert.huggingface_config import one_epsilon
 from openblip.convert.layout import model_from_
 from openblip.convert.lm import lm_folder, load_lm
+from openblip.convert.preprocessor import image_transform
 from openblip.convert.processor import put_image_token_, save_processor
 from openblip.convert.recognise import find_layout
 from openblip.convert.weights import (
@@ -167,7 +168,11 @@ def save_for_transformers(
         else Pretrained(model, tokenizer, transform, info or {}, LoadReport(), lm_tokenizer=lm_tokenizer)
     )
     kind, words = _kind_of(found.model), found.lm_tokenizer
-    config, weights, notes = to_huggingface(found.model, approximate=approximate)
+    ours, notes = found.model.config, []
+    if approximate and (same := one_epsilon(ours)) != ours:
+        notes.append("the norm behind the tower has the epsilon of the tower, and not its own")
+        ours = same
+    config, weights = to_huggingface(found.model, ours)
     if words is not None:
         notes += put_image_token_(config, weights, found.model.lm, words)
 
@@ -210,7 +215,7 @@ def load_pretrained(
     found = load(folder, config, weights, image_size)
     _check_tokenizer(found.tokenizer, found.model.config, str(folder))
     if image_size is not None and found.transform is not None:
-        found.transform = replace(found.transform, image_size=image_size)
+        found.transform = found.transform.at(image_size)
     return found
 
 

@@ -43,6 +43,7 @@ from openblip.models.blip2 import Blip2
 from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
+from openblip.models.lm import merged_state, without_adapter
 from openblip.models.vit import VisionTransformer
 
 _NO_TEMPERATURE = {
@@ -142,8 +143,11 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, state dict) that give transformers' own class the weights of `model`, tied ones once.
+
+    LoRA adapters are added to the weights below them. config: instead of the model's own, see
+    `huggingface_config.one_epsilon`.
 
     Raises UserError for a model transformers has no class for, naming the part that does not fit.
     """
@@ -164,13 +168,14 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise UserError(f"transformers has no class for a {type(model).__name__}")
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
         raise UserError(f"{layout.name} of transformers needs images and texts of one width")
-    config = layout.to_config(model.config)
-    mine, theirs = model.state_dict(), empty_model(layout.config(config, {})).state_dict()
+    config = layout.to_config(model.config if config is None else config)
+    mine = merged_state(model)
+    theirs = empty_model(layout.config(config, {})).state_dict()
     if odd := sorted(mine.keys() ^ theirs.keys()):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise UserError(f"{layout.name} of transformers is built differently: {', '.join(odd[:3])}{more}")
     state: dict[str, Tensor] = {}
-    once = {name for _, *others in tied_names(model) for name in others}
+    once = {without_adapter(name) for _, *others in tied_names(model) for name in others}
     for name, value in mine.items():
         if name in layout.fresh or name in once:
             continue

@@ -41,7 +41,7 @@ class Layout:
     config: Callable[
         [Mapping[str, Any], Mapping[str, Tensor]], Any
     ]  # its config.json ({}: none), prepared tensors
-    images: str  # how they are prepared if no file says: a kind of `huggingface_config.image_transform`
+    images: str  # how they are prepared if no file says: a kind of `preprocessor.image_transform`
     prepare_: Callable[[Tensors], None] | None = None  # what names alone cannot say, done before all else
     tied: tuple[tuple[str, str], ...] = ()  # names of theirs that stand for one tensor
     ignored: Mapping[str, str] = field(default_factory=lambda: COUNTED)  # pattern of their name -> why

@@ -1,7 +1,7 @@
 """What a folder of transformers holds beside config.json and weights, written from what our models come with.
 
-    preprocessor_config.json   from an `ImageTransform`. It names the class without a suffix, and transformers takes the one
-                               that runs on torchvision or, where that is not installed, the one that runs on PIL.
+    preprocessor_config.json   from an `ImageTransform`. It names the class without a suffix: transformers takes the one
+                               that runs on torchvision, or "...Pil" where that is not installed.
     processor_config.json      image processor and tokenizers as one
     tokenizer.json,            what a text becomes before a model reads it, such that it is what ours makes of it
     tokenizer_config.json
@@ -39,16 +39,20 @@ _PROCESSORS = {
     "clip": "CLIPProcessor",
 }
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
+_WRITERS = ("ConditionalGeneration", "QuestionAnswering")  # classes whose names end so
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def image_processor(transform: ImageTransform) -> dict[str, Any]:
-    """preprocessor_config.json of a transform; what the class is called says whether it squashes or crops."""
-    side = {"height": transform.image_size, "width": transform.image_size}
-    shape: dict[str, Any] = {"image_processor_type": "BlipImageProcessor", "size": side}
-    if transform.resize == "crop":
-        shape = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": transform.image_size}}
-        shape |= {"do_center_crop": True, "crop_size": side}
+    """preprocessor_config.json of a transform. BLIP's class squashes, CLIP's also takes the centre."""
+    resized, kept = transform.draft_size, transform.image_size
+    size = (
+        {"height": resized, "width": resized} if transform.resize == "squash" else {"shortest_edge": resized}
+    )
+    shape: dict[str, Any] = {"image_processor_type": "BlipImageProcessor", "size": size}
+    if transform.resize == "crop" or resized != kept:
+        shape["image_processor_type"] = "CLIPImageProcessor"
+        shape |= {"do_center_crop": True, "crop_size": {"height": kept, "width": kept}}
     return shape | {
         "do_convert_rgb": True,
         "do_resize": True,
@@ -70,6 +74,8 @@ def save_processor(
 ) -> None:
     """Write into `folder` what belongs beside its config.json, as far as it is given."""
     kind, names = config["model_type"], {"processor_class": _PROCESSORS.get(config["model_type"])}
+    if config["architectures"][0].endswith(_WRITERS):
+        _save_generation_config(folder, config)
     if transform is not None:
         _save(folder / "preprocessor_config.json", names | image_processor(transform))
     if kind in _PROCESSORS:
@@ -82,19 +88,6 @@ def save_processor(
         folder.mkdir(exist_ok=True)
         save = _save_bert if isinstance(tokenizer.backend.model, models.WordPiece) else _save_clip
         save(folder, tokenizer, config, names)
-
-
-def save_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """generation_config.json of a model that writes: the tokens that begin, end and pad a text."""
-    text = dict(config["text_config"])
-    if config["model_type"] == "blip":
-        text["eos_token_id"] = text["sep_token_id"]
-    else:
-        from transformers import AutoConfig
-
-        settings = AutoConfig.for_model(**text)  # with what the file leaves out
-        text = {name: getattr(settings, name, None) for name in _SPECIAL}
-    _save(folder / "generation_config.json", {k: text[k] for k in _SPECIAL if text.get(k) is not None})
 
 
 def image_token_id(words: LmTokenizer) -> int:
@@ -135,13 +128,28 @@ def put_image_token_(
         elif name == "final_logits_bias":  # BART's [1, V]
             weights[theirs] = F.pad(weights[theirs], (0, more))
     text["vocab_size"] = token + 1
-    return [f"{IMAGE_TOKEN} is token {token}: the language model's embeddings have {more} row(s) more than ours"]
+    return [
+        f"{IMAGE_TOKEN} is token {token}: the language model's embeddings have {more} row(s) more than ours"
+    ]
+
+
+def _save_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """generation_config.json of a model that writes: the tokens that begin, end and pad a text."""
+    text = dict(config["text_config"])
+    if config["model_type"] == "blip":
+        text["eos_token_id"] = text["sep_token_id"]
+    else:
+        from transformers import AutoConfig
+
+        settings = AutoConfig.for_model(**text)  # with what the file leaves out
+        text = {name: getattr(settings, name, None) for name in _SPECIAL}
+    _save(folder / "generation_config.json", {k: text[k] for k in _SPECIAL if text.get(k) is not None})
 
 
 def _save_bert(
     folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], names: Mapping[str, Any]
 ) -> None:
-    """[CLS] text [SEP]; of questions for BLIP [ENC] text [SEP], as they are encoded, where transformers changes nothing."""
+    """[CLS] text [SEP], but [ENC] question [SEP] for BLIP: transformers does not put [ENC] there itself."""
     backend, kind = tokenizer.backend, config["model_type"]
     asks = config.get("architectures") == ["BlipForQuestionAnswering"]
     _frame_(backend, ["[ENC]" if asks else "[CLS]"], ["[SEP]"])
