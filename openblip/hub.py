@@ -54,7 +54,11 @@ from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json|lm_tokenizer")
+# What saving replaces: files of ours, and of transformers.
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|lm_tokenizer|qformer_tokenizer"
+    r"|(generation|processor|preprocessor)_config\.json|chat_template\.jinja"
+)
 
 
 @dataclass
@@ -122,12 +126,10 @@ def save_pretrained(
     if lm is not None and lm.source is not None:
         weights = {k: v for k, v in weights.items() if not k.startswith(LM) or is_adapter(k)}
     card = _Card(kind, __version__, to_dict(model.config), transform, info or {}, named)
-    if dtype is not None:
-        weights = {name: v.to(dtype) if v.is_floating_point() else v for name, v in weights.items()}
 
     def write(part: Path) -> None:
         save_json(card, part / "config.json")
-        save_weights(weights, part)
+        save_weights(_in(dtype, weights), part)
         if tokenizer is not None:
             tokenizer.save(part)
         if lm_tokenizer is not None and lm is not None and lm.source is None:
@@ -146,6 +148,7 @@ def save_for_transformers(
     transform: ImageTransform | None = None,
     info: dict[str, Any] | None = None,
     lm_tokenizer: LmTokenizer | None = None,
+    dtype: torch.dtype | None = None,
     approximate: bool = False,
 ) -> list[str]:
     """Write a folder that transformers loads with its own classes and processor; see `convert.processor`.
@@ -155,6 +158,7 @@ def save_for_transformers(
     Args:
         model: with what belongs to it, as `load_pretrained` gives it; or alone, and the rest as in `save_pretrained`.
             What is not given is not written: without image transform and tokenizers there is no processor.
+        dtype: of the file; None keeps the model's.
         approximate: allow what transformers cannot hold exactly: one epsilon for the norms of the tower and the one
             behind it (1e-6 and 1e-5 in the released BLIP-2; the tower's is taken, as in transformers' own conversion).
 
@@ -174,11 +178,13 @@ def save_for_transformers(
         ours = same
     config, weights = to_huggingface(found.model, ours)
     if words is not None:
-        notes += put_image_token_(config, weights, found.model.lm, words)
+        notes += put_image_token_(config, weights, words, found.model.lm)
+    elif found.tokenizer is not None and config["model_type"] == "blip-2":
+        put_image_token_(config, weights, found.tokenizer)
 
     def write(part: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_weights(weights, part)
+        save_weights(_in(dtype, weights), part)
         save_processor(part, config, found.transform, found.tokenizer, words)
         page = model_card(
             found.model, kind, Path(folder).resolve().name, __version__, found.info, found.frozen,
@@ -411,6 +417,13 @@ def _find_folder(name_or_folder: str | Path) -> Path:
             f"{name_or_folder}: no such folder here, and the hub does not give it: {why}"
         ) from None
     return found
+
+
+def _in(dtype: torch.dtype | None, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in a dtype, if one is wanted."""
+    if dtype is None:
+        return weights
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def _is_ours(name: str) -> bool:

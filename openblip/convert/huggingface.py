@@ -168,6 +168,11 @@ def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any]
         raise UserError(f"transformers has no class for a {type(model).__name__}")
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
         raise UserError(f"{layout.name} of transformers needs images and texts of one width")
+    if isinstance(model, Blip2Llm) and model.lm.hidden_size != (width := model.lm.model.config.hidden_size):
+        raise UserError(
+            f"{layout.name} of transformers projects to the language model's hidden_size, {width}, and its words have "
+            f"{model.lm.hidden_size}"
+        )
     config = layout.to_config(model.config if config is None else config)
     mine = merged_state(model)
     theirs = empty_model(layout.config(config, {})).state_dict()

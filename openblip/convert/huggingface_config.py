@@ -43,6 +43,7 @@ _QFORMER = {
 }  # fmt: skip
 # Not in their files, but in ours: [CLS] and [SEP] are BERT's, and [DEC] is the word behind BERT's last.
 _QFORMER_TOKENS = {"cls_token_id": 101, "sep_token_id": 102, "dec_token_id": 30522}
+_FAMILY = "lm_family"  # a key of ours: an InstructBLIP around another llama than Vicuna is not taken for one
 _NOT_THE_MODEL = {"transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -156,10 +157,8 @@ def blip2_llm(config: Mapping[str, Any]) -> Blip2LlmConfig:
 def instructblip(config: Mapping[str, Any]) -> Blip2LlmConfig:
     """InstructBlipForConditionalGeneration: the Q-Former reads the instruction too."""
     lm = _lm(config)
-    if lm.config["model_type"] == "llama":
-        lm.family = (
-            "vicuna"  # the only llama it was released with, whose tokenizer was changed (InstructBLIP)
-        )
+    if lm.config["model_type"] == "llama":  # the only one it was released with, whose tokenizer was changed
+        lm.family = config.get(_FAMILY, "vicuna")
     return Blip2LlmConfig(lm, _headless(*_blip2_parts(config)), qformer_text=True)
 
 
@@ -223,7 +222,7 @@ def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
     if token is None:
         token = AutoConfig.for_model(**text).vocab_size - 1
     parts = _to_blip2_parts(config.blip2, "instructblip" if config.qformer_text else "blip-2")
-    return parts | {"text_config": text, "image_token_index": token}
+    return parts | {"text_config": text, "image_token_index": token, _FAMILY: config.lm.family}
 
 
 def one_epsilon(config: Any) -> Any:

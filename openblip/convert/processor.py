@@ -78,9 +78,9 @@ def save_processor(
         _save_generation_config(folder, config)
     if transform is not None:
         _save(folder / "preprocessor_config.json", names | image_processor(transform))
-    if kind in _PROCESSORS:
-        queries = {key: config[key] for key in ("num_query_tokens",) if key in config}
-        _save(folder / "processor_config.json", names | queries)
+        if kind in _PROCESSORS:
+            queries = {"num_query_tokens": config.get("num_query_tokens")}
+            _save(folder / "processor_config.json", names | queries)
     if lm_tokenizer is not None:
         _save_lm_tokenizer(folder, lm_tokenizer, names)
         folder = folder / "qformer_tokenizer"
@@ -90,26 +90,25 @@ def save_processor(
         save(folder, tokenizer, config, names)
 
 
-def image_token_id(words: LmTokenizer) -> int:
-    """The id of <image> in a vocabulary, or the one it will have there."""
-    known = words.backend.token_to_id(IMAGE_TOKEN)
-    return words.backend.get_vocab_size(with_added_tokens=True) if known is None else known
-
-
 @torch.no_grad()
 def put_image_token_(
     config: MutableMapping[str, Any],
     weights: MutableMapping[str, Tensor],
-    lm: LanguageModel,
-    words: LmTokenizer,
+    words: Tokenizer | LmTokenizer,
+    lm: LanguageModel | None = None,
 ) -> list[str]:
-    """Tell config.json the id of <image> and, if it is beyond the embeddings of the language model, give them the rows.
+    """Tell config.json the id of <image> in a vocabulary, or the one it will have there; and if it is beyond the
+    embeddings of the language model, give them the rows. Without one it marks places alone, and is never embedded.
 
     A new row is the mean of the others, as transformers resizes tables (it adds a noise of 3e-5 of their deviation).
-    What a text begins with is told too. Returns what deserves to be known.
+    With what a text begins is told too, for a processor that is given none. Returns what deserves to be known.
     """
-    token = image_token_id(words)
+    backend = words.backend
+    known = backend.token_to_id(IMAGE_TOKEN)
+    token = backend.get_vocab_size(with_added_tokens=True) if known is None else known
     config["image_token_index"] = token
+    if lm is None or not isinstance(words, LmTokenizer):
+        return []
     text = config["text_config"] = dict(config["text_config"])
     if len(words.start_ids) == 1:
         text["bos_token_id"] = words.start_ids[0]
@@ -146,9 +145,7 @@ def _save_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
     _save(folder / "generation_config.json", {k: text[k] for k in _SPECIAL if text.get(k) is not None})
 
 
-def _save_bert(
-    folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], names: Mapping[str, Any]
-) -> None:
+def _save_bert(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], names: dict[str, Any]) -> None:
     """[CLS] text [SEP], but [ENC] question [SEP] for BLIP: transformers does not put [ENC] there itself."""
     backend, kind = tokenizer.backend, config["model_type"]
     asks = config.get("architectures") == ["BlipForQuestionAnswering"]
@@ -170,9 +167,7 @@ def _save_bert(
     _save_tokenizer(folder, backend, settings | names)
 
 
-def _save_clip(
-    folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], names: Mapping[str, Any]
-) -> None:
+def _save_clip(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any], names: dict[str, Any]) -> None:
     """By CLIP's own class, which alone knows how words are set apart in what it decodes."""
     settings: dict[str, Any] = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
     settings |= {"bos_token": "<|startoftext|>", "tokenizer_class": "CLIPTokenizer"}
@@ -180,7 +175,7 @@ def _save_clip(
     _save_tokenizer(folder, tokenizer.backend, settings | names)
 
 
-def _save_lm_tokenizer(folder: Path, words: LmTokenizer, names: Mapping[str, Any]) -> None:
+def _save_lm_tokenizer(folder: Path, words: LmTokenizer, names: dict[str, Any]) -> None:
     """With the token <image>, and with what a text begins and ends with, whatever the tokenizer had put there.
 
     Padding of a decoder's prompts stands before them, of an encoder's behind.
