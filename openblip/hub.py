@@ -24,15 +24,11 @@ from torch import Tensor, nn
 
 from openblip import __version__
 from openblip.config import UserError, from_dict, save_json, to_dict
-from openblip.convert.files import publish, read_object, read_weights, save_weights
+from openblip.convert.files import WEIGHTS, publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
-from openblip.convert.huggingface import to_huggingface
-from openblip.convert.huggingface_config import one_epsilon
-from openblip.convert.layout import model_from_
-from openblip.convert.lm import lm_folder, load_lm
-from openblip.convert.preprocessor import image_transform
-from openblip.convert.processor import put_image_token_, save_processor
-from openblip.convert.recognise import find_layout
+from openblip.convert.lm import load_lm
+from openblip.convert.pretrained import Pretrained, from_another_layout_, lm_tokenizer
+from openblip.convert.processor import for_transformers, save_processor
 from openblip.convert.weights import (
     LM,
     SYSTEMS,
@@ -48,7 +44,6 @@ from openblip.data.prompts import LmTokenizer
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
 from openblip.model_card import model_card
-from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.lm import LanguageModel, is_adapter
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
@@ -59,19 +54,6 @@ _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|lm_tokenizer|qformer_tokenizer"
     r"|(generation|processor|preprocessor)_config\.json|chat_template\.jinja"
 )
-
-
-@dataclass
-class Pretrained:
-    """A model as it was saved, in eval mode, and what belongs to it."""
-
-    model: Any  # of `convert.weights.SYSTEMS`
-    tokenizer: Tokenizer | None
-    transform: ImageTransform | None
-    info: dict[str, Any]
-    report: LoadReport
-    frozen: dict[str, str] = field(default_factory=dict)  # parts that came from elsewhere: {module: source}
-    lm_tokenizer: LmTokenizer | None = None  # of its language model
 
 
 @dataclass
@@ -171,21 +153,13 @@ def save_for_transformers(
         if isinstance(model, Pretrained)
         else Pretrained(model, tokenizer, transform, info or {}, LoadReport(), lm_tokenizer=lm_tokenizer)
     )
-    kind, words = _kind_of(found.model), found.lm_tokenizer
-    ours, notes = found.model.config, []
-    if approximate and (same := one_epsilon(ours)) != ours:
-        notes.append("the norm behind the tower has the epsilon of the tower, and not its own")
-        ours = same
-    config, weights = to_huggingface(found.model, ours)
-    if words is not None:
-        notes += put_image_token_(config, weights, words, found.model.lm)
-    elif found.tokenizer is not None and config["model_type"] == "blip-2":
-        put_image_token_(config, weights, found.tokenizer)
+    kind = _kind_of(found.model)
+    config, weights, notes = for_transformers(found, approximate=approximate)
 
     def write(part: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_weights(_in(dtype, weights), part)
-        save_processor(part, config, found.transform, found.tokenizer, words)
+        save_processor(part, config, found.transform, found.tokenizer, found.lm_tokenizer)
         page = model_card(
             found.model, kind, Path(folder).resolve().name, __version__, found.info, found.frozen,
             transformers=config["architectures"][0],
@@ -197,29 +171,39 @@ def save_for_transformers(
 
 
 def load_pretrained(
-    name_or_folder: str | Path, *, image_size: int | None = None, dtype: torch.dtype | None = torch.float32
+    name_or_path: str | Path,
+    *,
+    image_size: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    tokenizer: str | Path | None = None,
 ) -> Pretrained:
-    """Load a folder of ours or of transformers (see `convert.huggingface`), or either by its name on the hub.
+    """Load a folder of ours or of transformers, either by its name on the hub, or a file of original weights.
 
-    Nothing in a folder is executed: weights are safetensors, or pickles read with `weights_only`.
+    `convert.recognise` lists what is known. Nothing that is loaded is executed: weights are safetensors, or
+    pickles read with `weights_only`. They stay mapped to their file until they are used.
 
     Args:
         image_size: for images of this many pixels instead; position embeddings are resized, for fine-tuning
             at a higher resolution (BLIP §4.1).
         dtype: of the weights; None keeps the file's own.
+        tokenizer: a folder with the tokenizer, for weights that come without.
 
     Raises:
-        UserError: no such folder or name, no weights in it, a damaged file, a model that is not known.
+        UserError: no such path or name, no weights in it, a damaged file, a model that is not known.
         ConfigError: config.json is no configuration of such a model.
         WeightsError: tensors that are missing, not known, of another shape, or copies of one tensor that
             differ.
     """
-    folder = _find_folder(name_or_folder)
-    config = read_object(folder / "config.json")
-    weights = read_weights(folder, dtype)
-    load = _load_ours if "openblip_version" in config else _load_theirs
-    found = load(folder, config, weights, image_size)
-    _check_tokenizer(found.tokenizer, found.model.config, str(folder))
+    place = _find(name_or_path)
+    config = read_object(place / "config.json") if place.is_dir() else {}
+    weights = read_weights(place, dtype)
+    words = None if tokenizer is None else Tokenizer.load(tokenizer)
+    if "openblip_version" in config:
+        found = _load_ours(place, config, weights, image_size)
+        found.tokenizer = words or found.tokenizer
+    else:
+        found = from_another_layout_(place, config, weights, image_size=image_size, tokenizer=words)
+    _check_tokenizer(found.tokenizer, found.model.config, str(place))
     if image_size is not None and found.transform is not None:
         found.transform = found.transform.at(image_size)
     return found
@@ -262,7 +246,7 @@ def _load_ours(
     report.interpolated = resize_positions_(weights, model.state_dict())
     fill_(model, weights, where)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    words = _lm_tokenizer(model, folder / "lm_tokenizer")
+    words = lm_tokenizer(model, folder / "lm_tokenizer")
     return Pretrained(model, tokenizer, card.image_transform, card.info, report, sources, words)
 
 
@@ -279,39 +263,6 @@ def _language_model(settings: Any, weights: Mapping[str, Tensor]) -> LanguageMod
     )  # fmt: skip
     found.config.family = lm.family
     return found
-
-
-def _lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
-    """The tokenizer of a model's language model, if it has one: from its source, or from a folder."""
-    if not hasattr(model, "lm"):
-        return None
-    settings = model.lm.config
-    place = folder if settings.source is None else Path(lm_folder(settings.source))
-    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    family = settings.family or settings.config["model_type"]
-    return LmTokenizer.load(place, family, encoder_decoder=model.lm.is_encoder_decoder)
-
-
-def _load_theirs(
-    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], image_size: int | None
-) -> Pretrained:
-    layout = find_layout(config, weights, str(folder))
-    model, report = model_from_(layout, config, weights, str(folder), image_size=image_size)
-    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-    processor = next((read_object(file) for file in files if file.is_file()), None)
-    vision = getattr(model.config, "vision", model.config)
-    transform, notes = image_transform(layout.images, vision.image_size, processor)
-    report.notes += notes
-    tokenizer, place = None, folder
-    if isinstance(model, Blip2Llm):  # InstructBLIP keeps the Q-Former's beside that of the language model
-        place = folder / "qformer_tokenizer"
-    if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        tokenizer = Tokenizer.load(place)
-    elif getattr(model.config, "qformer_text", hasattr(model.config, "text")):
-        report.notes.append("no tokenizer in this folder")
-    info, words = {"converted_from": report.layout}, _lm_tokenizer(model, folder)
-    return Pretrained(model, tokenizer, transform, info, report, lm_tokenizer=words)
 
 
 def push_to_hub(
@@ -392,30 +343,30 @@ def _check_tokenizer(tokenizer: Tokenizer | None, config: Any, where: str) -> No
         raise UserError(f"{where}: the tokenizer has {tokens} tokens, the model knows {text.vocab_size}")
 
 
-def _find_folder(name_or_folder: str | Path) -> Path:
-    folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder}: a file; wanted the folder it is in, with config.json and the weights")
-    if isinstance(name_or_folder, Path) or not _NAME.fullmatch(name_or_folder):
-        raise UserError(f"{folder}: no such folder (a name on the Hugging Face hub looks like owner/name)")
+def _find(name_or_path: str | Path) -> Path:
+    """The folder or file that is meant; the weights of a folder stand for the folder."""
+    place = Path(name_or_path).expanduser()
+    if place.exists():
+        is_part = place.name in WEIGHTS and (place.parent / "config.json").is_file()
+        return place.parent if is_part else place
+    if isinstance(name_or_path, Path) or not _NAME.fullmatch(name_or_path):
+        raise UserError(
+            f"{place}: no such folder or file (a name on the Hugging Face hub looks like owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = Path(
             snapshot_download(
-                name_or_folder, allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors"]
+                name_or_path, allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors"]
             )
         )
         if not any(found.glob("model*.safetensors")):
-            snapshot_download(name_or_folder, allow_patterns=["pytorch_model*.bin"])
+            snapshot_download(name_or_path, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name_or_folder}: no such folder here, and the hub does not give it: {why}"
-        ) from None
+        raise UserError(f"{name_or_path}: no such folder here, and the hub does not give it: {why}") from None
     return found
 
 

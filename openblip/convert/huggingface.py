@@ -43,7 +43,7 @@ from openblip.models.blip2 import Blip2
 from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
-from openblip.models.lm import merged_state, without_adapter
+from openblip.models.lm import LanguageModel, merged_state, without_adapter
 from openblip.models.vit import VisionTransformer
 
 _NO_TEMPERATURE = {
@@ -168,11 +168,8 @@ def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any]
         raise UserError(f"transformers has no class for a {type(model).__name__}")
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
         raise UserError(f"{layout.name} of transformers needs images and texts of one width")
-    if isinstance(model, Blip2Llm) and model.lm.hidden_size != (width := model.lm.model.config.hidden_size):
-        raise UserError(
-            f"{layout.name} of transformers projects to the language model's hidden_size, {width}, and its words have "
-            f"{model.lm.hidden_size}"
-        )
+    if isinstance(model, Blip2Llm):
+        _check_language_model(layout.name, model.lm)
     config = layout.to_config(model.config if config is None else config)
     mine = merged_state(model)
     theirs = empty_model(layout.config(config, {})).state_dict()
@@ -189,3 +186,17 @@ def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any]
         parts = value.chunk(len(names)) if len(names) > 1 else (value,)
         state |= {their_name: part.clone() for their_name, part in zip(names, parts)}
     return config | {"architectures": [layout.name]}, state
+
+
+def _check_language_model(name: str, lm: LanguageModel) -> None:
+    """Raises UserError: one that a class of transformers would build or feed in another way."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    settings = lm.model.config
+    if lm.is_encoder_decoder and settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{name} of transformers takes a {settings.model_type} for a decoder without encoder")
+    if lm.hidden_size != settings.hidden_size:
+        raise UserError(
+            f"{name} of transformers projects to the language model's hidden_size, {settings.hidden_size}, and its "
+            f"words have {lm.hidden_size}"
+        )

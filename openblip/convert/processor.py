@@ -21,10 +21,12 @@ from typing import Any
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 from tokenizers import models, processors
 from torch import Tensor
 
+from openblip.convert.huggingface import to_huggingface
+from openblip.convert.huggingface_config import one_epsilon
+from openblip.convert.pretrained import Pretrained
 from openblip.data.prompts import INSTRUCT_PROMPT, LmTokenizer
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
@@ -90,6 +92,24 @@ def save_processor(
         save(folder, tokenizer, config, names)
 
 
+def for_transformers(
+    found: Pretrained, *, approximate: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """(config.json, state dict, what deserves to be known) of a model with what belongs to it; see
+    `hub.save_for_transformers`.
+    """
+    ours, notes = found.model.config, []
+    if approximate and (same := one_epsilon(ours)) != ours:
+        notes.append("the norm behind the tower has the epsilon of the tower, and not its own")
+        ours = same
+    config, weights = to_huggingface(found.model, ours)
+    if found.lm_tokenizer is not None:
+        notes += put_image_token_(config, weights, found.lm_tokenizer, found.model.lm)
+    elif found.tokenizer is not None and config["model_type"] == "blip-2":
+        put_image_token_(config, weights, found.tokenizer)
+    return config, weights, notes
+
+
 @torch.no_grad()
 def put_image_token_(
     config: MutableMapping[str, Any],
@@ -124,8 +144,6 @@ def put_image_token_(
             old = weights[theirs]
             mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
             weights[theirs] = torch.cat([old, mean.expand(more, *old.shape[1:])])
-        elif name == "final_logits_bias":  # BART's [1, V]
-            weights[theirs] = F.pad(weights[theirs], (0, more))
     text["vocab_size"] = token + 1
     return [
         f"{IMAGE_TOKEN} is token {token}: the language model's embeddings have {more} row(s) more than ours"

@@ -25,18 +25,18 @@ def find_layout(config: Mapping[str, Any], names: Collection[str], where: str) -
     Raises UserError that says what was found and which are known.
     """
     found = {name[:end] for name in names for end, sign in enumerate(f"{name}.") if sign == "."}
+    fitting = [layout for layout in LAYOUTS if found.issuperset(layout.marks)]
     model_type = config.get("model_type")
-    for layout in LAYOUTS:
-        if model_type == layout.model_type and found.issuperset(layout.marks):
-            return layout
+    if layout := next((layout for layout in fitting if layout.model_type == model_type), None):
+        return layout
     parts = sorted({name.partition(".")[0] for name in names})
     more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
-    kind = f"model_type {model_type!r}" if config else "a file"
+    told = f"{where}: {f'model_type {model_type!r}' if config else 'a file'} with tensors under "
+    told += ", ".join(parts[:_SHOWN]) + more
+    if fitting and not config:
+        raise UserError(f"{told} lacks the config.json of its {fitting[0].origin} {fitting[0].name}")
     known = ", ".join(f"{layout.origin} {layout.name}" for layout in LAYOUTS)
-    raise UserError(
-        f"{where}: {kind} with tensors under {', '.join(parts[:_SHOWN])}{more} is not known; known are {known}, and "
-        "folders of our own"
-    )
+    raise UserError(f"{told} is not known; known are {known}, and folders of our own")
 
 
 def from_checkpoint_(

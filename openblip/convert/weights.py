@@ -55,7 +55,12 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.layout} layout, {len(self.loaded)} tensors loaded"]
         for title in ("interpolated", "fresh", "ignored"):
-            lines += [f"  {title}: {name} ({what})" for name, what in getattr(self, title).items()]
+            found: dict[str, list[str]] = {}
+            for name, what in getattr(self, title).items():
+                found.setdefault(what, []).append(name)
+            for what, names in found.items():
+                who = names[0] if len(names) == 1 else f"{len(names)} tensors, such as {names[0]}"
+                lines.append(f"  {title}: {who} ({what})")
         for name, owner in list(self.tied.items())[:1]:
             lines.append(
                 f"  tied: {len(self.tied)} names to tensors of another name, such as {name} = {owner}"
@@ -102,7 +107,7 @@ class _NothingDrawn(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.__name__ in ("normal_", "uniform_", "trunc_normal_"):
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
             tensor = args[0] if args else kwargs["tensor"]
             # torch draws a truncated normal until all of it lies within the bounds: 0 does, memory as it is may not.
             return tensor if tensor.is_meta else tensor.new_zeros(()).expand_as(tensor)

@@ -322,6 +322,9 @@ def test_what_transformers_cannot_hold_is_written_only_if_it_may_be(tmp_path):
     narrow = load_pretrained(save_blip2_llm(tmp_path / "narrow", "opt", heads=False, vision=TOWER))
     with pytest.raises(UserError, match="hidden_size, 16, and its words have 12"):
         save_for_transformers(narrow, tmp_path / "theirs")
+    bart = load_pretrained(save_blip2_llm(tmp_path / "bart", "bart", heads=False, vision=TOWER))
+    with pytest.raises(UserError, match="takes a bart for a decoder"):
+        save_for_transformers(bart, tmp_path / "theirs")
 
 
 def test_every_part_of_a_model_is_in_the_folder_though_ours_names_it(tmp_path):

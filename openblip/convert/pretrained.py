@@ -1,0 +1,100 @@
+"""A checkpoint of another layout with all that belongs to it: model, image transform, tokenizers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openblip.config import UserError
+from openblip.convert.files import read_object
+from openblip.convert.layout import Tensors, model_from_
+from openblip.convert.lm import lm_folder
+from openblip.convert.preprocessor import image_transform
+from openblip.convert.recognise import find_layout
+from openblip.convert.weights import LoadReport
+from openblip.data.prompts import LmTokenizer
+from openblip.data.text import Tokenizer, bert_uncased
+from openblip.data.transforms import ImageTransform
+from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.text import TextConfig
+
+_BERT_WORDS = TextConfig().dec_token_id  # how many there are: [DEC] comes behind them
+
+
+@dataclass
+class Pretrained:
+    """A model as it was saved, in eval mode, and what belongs to it."""
+
+    model: Any  # of `convert.weights.SYSTEMS`
+    tokenizer: Tokenizer | None
+    transform: ImageTransform | None
+    info: dict[str, Any]
+    report: LoadReport
+    frozen: dict[str, str] = field(default_factory=dict)  # parts that came from elsewhere: {module: source}
+    lm_tokenizer: LmTokenizer | None = None  # of its language model
+
+
+def from_another_layout_(
+    place: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    *,
+    image_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Pretrained:
+    """What a folder of transformers, or a file of weights, makes of us; empties `tensors`.
+
+    Args:
+        place: the folder or file.
+        config: its config.json; {} for a file.
+        tensors: its weights.
+        image_size: for images of this many pixels instead.
+        tokenizer: of a model that comes without one.
+
+    Errors are those of `recognise.find_layout` and `layout.model_from_`.
+    """
+    layout = find_layout(config, tensors, str(place))
+    model, report = model_from_(layout, config, tensors, str(place), image_size=image_size)
+    files = [place / name for name in ("preprocessor_config.json", "processor_config.json")]
+    processor = next((read_object(file) for file in files if file.is_file()), None)
+    vision = getattr(model.config, "vision", model.config)
+    transform, notes = image_transform(layout.images, vision.image_size, processor)
+    report.notes += notes
+    words = tokenizer or _tokenizer(model, place, report)
+    info = {"converted_from": report.layout}
+    return Pretrained(model, words, transform, info, report, lm_tokenizer=lm_tokenizer(model, place))
+
+
+def _tokenizer(model: Any, place: Path, report: LoadReport) -> Tokenizer | None:
+    """The checkpoint's own tokenizer or, if its words are BERT's, the installed one."""
+    own = place
+    if isinstance(model, Blip2Llm):  # InstructBLIP keeps the Q-Former's beside that of the language model
+        own = place / "qformer_tokenizer"
+    if any((own / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        return Tokenizer.load(own)
+    if not getattr(model.config, "qformer_text", hasattr(model.config, "text")):
+        return None
+    text = getattr(model.config, "text", None) or getattr(model.config, "qformer", None)
+    missing = f"no tokenizer in this {'folder' if place.is_dir() else 'file'}"
+    if getattr(text, "dec_token_id", None) != _BERT_WORDS:
+        report.notes.append(missing)
+        return None
+    try:
+        found = bert_uncased()
+    except UserError as error:
+        report.notes.append(f"{missing}: {error}")
+        return None
+    report.notes.append(f"{missing}: its words are those of bert-base-uncased, from an installed package")
+    return found
+
+
+def lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
+    """The tokenizer of a model's language model, if it has one: from its source, or from a folder."""
+    if not hasattr(model, "lm"):
+        return None
+    settings = model.lm.config
+    place = folder if settings.source is None else Path(lm_folder(settings.source))
+    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    family = settings.family or settings.config["model_type"]
+    return LmTokenizer.load(place, family, encoder_decoder=model.lm.is_encoder_decoder)
