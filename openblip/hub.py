@@ -176,6 +176,8 @@ def load_pretrained(
     image_size: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: str | Path | None = None,
+    vision: str | Path | None = None,
+    lm: str | Path | None = None,
 ) -> Pretrained:
     """Load a folder of ours or of transformers, either by its name on the hub, or a file of original weights.
 
@@ -187,6 +189,8 @@ def load_pretrained(
             at a higher resolution (BLIP §4.1).
         dtype: of the weights; None keeps the file's own.
         tokenizer: a folder with the tokenizer, for weights that come without.
+        vision, lm: the file of the image tower and the language model (a folder, a name on the hub, a `.gguf` file) of
+            an original BLIP-2 or InstructBLIP file, which holds what was trained.
 
     Raises:
         UserError: no such path or name, no weights in it, a damaged file, a model that is not known.
@@ -199,10 +203,14 @@ def load_pretrained(
     weights = read_weights(place, dtype)
     words = None if tokenizer is None else Tokenizer.load(tokenizer)
     if "openblip_version" in config:
+        if vision is not None or lm is not None:
+            raise UserError(f"{place}: names its own parts; leave `vision` and `lm` out")
         found = _load_ours(place, config, weights, image_size)
         found.tokenizer = words or found.tokenizer
     else:
-        found = from_another_layout_(place, config, weights, image_size=image_size, tokenizer=words)
+        found = from_another_layout_(
+            place, config, weights, image_size=image_size, tokenizer=words, vision=vision, lm=lm
+        )
     _check_tokenizer(found.tokenizer, found.model.config, str(place))
     if image_size is not None and found.transform is not None:
         found.transform = found.transform.at(image_size)

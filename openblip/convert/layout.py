@@ -17,7 +17,9 @@ from openblip.convert.weights import (
     refuse,
     resize_positions_,
     tied_in,
+    tied_names,
 )
+from openblip.models.lm import LanguageModel
 
 # Our module or parameter -> theirs; several of theirs are one of ours, stacked. {} is the number of the layer. A name
 # that ends in a dot stands for all below it, which is called the same in both.
@@ -64,6 +66,7 @@ def model_from_(
     where: str,
     *,
     image_size: int | None = None,
+    lm: LanguageModel | None = None,
 ) -> tuple[Any, LoadReport]:
     """A model of ours, in eval mode, with the weights of a checkpoint.
 
@@ -72,6 +75,7 @@ def model_from_(
         tensors: its state dict. It is emptied on the way, so that what is copied is not held twice.
         where: what to call it in messages.
         image_size: resize the position embeddings for images of this many pixels.
+        lm: the language model of a checkpoint that holds none.
 
     Raises:
         UserError, ConfigError: the configuration is none for our model.
@@ -79,8 +83,12 @@ def model_from_(
     """
     if layout.prepare_ is not None:
         layout.prepare_(tensors)
-    model = empty_model(layout.config(config, tensors), image_size)
+    model = empty_model(layout.config(config, tensors), image_size, lm)
     wanted = model.state_dict()
+    held = {} if lm is None else {name: value for name, value in wanted.items() if name.startswith(LM)}
+    for owner, *others in tied_names(model):
+        held |= dict.fromkeys(others, held[owner]) if owner in held else {}
+    wanted = {name: value for name, value in wanted.items() if name not in held}
     theirs = {name: their_names(name, layout.names) for name in wanted if name not in layout.fresh}
     in_lm = {name: theirs[name][0] for name in wanted if name.startswith(LM)}
     groups = tied_in(model, {name: tensors[their] for name, their in in_lm.items() if their in tensors})
@@ -109,7 +117,7 @@ def model_from_(
             report.ignored[name] = why
             del tensors[name]
     refuse(where, missing=missing, unknown=tensors.keys())
-    state |= {name: state[owner] for name, owner in owners.items()}
+    state |= {name: state[owner] for name, owner in owners.items()} | held
     report.interpolated = resize_positions_(state, wanted, align_corners=layout.align_corners)
     fill_(model, state, where)
     return model, report
