@@ -63,7 +63,7 @@ def _clip_names(prefix: str) -> Names:
 def _eva_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> VisionConfig:
     patches = tensors[f"{prefix}patch_embed.proj.weight"]
     return VisionConfig(
-        image_size=_image_size(tensors[f"{prefix}pos_embed"].shape[1], patches),
+        image_size=_image_size(tensors[f"{prefix}pos_embed"], patches),
         patch_size=patches.shape[-1],
         hidden_size=patches.shape[0],
         num_hidden_layers=blocks,
@@ -76,7 +76,7 @@ def _eva_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> Visi
 def _clip_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> VisionConfig:
     patches = tensors[f"{prefix}conv1.weight"]
     return VisionConfig(
-        image_size=_image_size(tensors[f"{prefix}positional_embedding"].shape[0], patches),
+        image_size=_image_size(tensors[f"{prefix}positional_embedding"], patches),
         patch_size=patches.shape[-1],
         hidden_size=patches.shape[0],
         num_hidden_layers=blocks,
@@ -90,8 +90,9 @@ def _clip_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> Vis
     )
 
 
-def _image_size(positions: int, patches: Tensor) -> int:
-    return round((positions - 1) ** 0.5) * patches.shape[-1]
+def _image_size(positions: Tensor, patches: Tensor) -> int:
+    """positions [..., 1 + n², D], patches [D, 3, p, p] -> n p."""
+    return round((positions.shape[-2] - 1) ** 0.5) * patches.shape[-1]
 
 
 @dataclass(frozen=True)

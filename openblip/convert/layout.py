@@ -92,6 +92,7 @@ def model_from_(
     theirs = {name: their_names(name, layout.names) for name in wanted if name not in layout.fresh}
     in_lm = {name: theirs[name][0] for name in wanted if name.startswith(LM)}
     groups = tied_in(model, {name: tensors[their] for name, their in in_lm.items() if their in tensors})
+    groups = [names for names in groups if names[0] not in held]
     tied = [list(copies) for names in groups for copies in zip(*(theirs[name] for name in names))]
     report = LoadReport(where, f"{layout.origin} {layout.name}", notes=list(layout.notes))
     report.tied = merge_tied_(tensors, [*tied, *layout.tied], where)

@@ -20,8 +20,8 @@ def load_tower_(vision: nn.Module, source: str) -> None:
     """Fill a tower from `source`, all of it or nothing.
 
     source: "dinov2_small", from a registry package; a file of EVA-CLIP's ViT-g or CLIP's ViT-L (see `lavis_towers`),
-        which its keys tell; or, for a tower that is a `backbone` of transformers, a folder or hub name with its weights. A
-        model of which the tower is a part will do, as CLIP's and SigLIP's are.
+        which its keys tell; or, for a tower that is a `backbone` of transformers, a folder or hub name with its
+        weights. A model of which the tower is a part will do, as CLIP's and SigLIP's are.
 
     Raises:
         UserError: there are no such weights, or the tower is not made for that source.
