@@ -11,6 +11,7 @@ from torch import Tensor
 from openblip.convert.weights import (
     LM,
     LoadReport,
+    WeightsError,
     empty_model,
     fill_,
     merge_tied_,
@@ -50,6 +51,7 @@ class Layout:
     )  # our name -> value, why it is not in the file
     align_corners: bool = False  # when its table of positions is resized
     notes: tuple[str, ...] = ()  # of the load report
+    info: Mapping[str, Any] = field(default_factory=dict)  # what is worth knowing, see `hub.save_pretrained`
 
 
 def under(ours: str, names: Names) -> Names:
@@ -79,14 +81,18 @@ def model_from_(
     """
     if layout.prepare_ is not None:
         layout.prepare_(tensors)
-    model = empty_model(layout.config(config, tensors), image_size)
+    try:
+        ours = layout.config(config, tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from None
+    model = empty_model(ours, image_size)
     wanted = model.state_dict()
     theirs = {name: their_names(name, layout.names) for name in wanted if name not in layout.fresh}
     in_lm = {name: theirs[name][0] for name in wanted if name.startswith(LM)}
     groups = tied_in(model, {name: tensors[their] for name, their in in_lm.items() if their in tensors})
     tied = [list(copies) for names in groups for copies in zip(*(theirs[name] for name in names))]
     report = LoadReport(where, f"{layout.origin} {layout.name}", notes=list(layout.notes))
-    report.tied = merge_tied_(tensors, [*tied, *layout.tied], where)
+    report.tied = merge_tied_(tensors, [*layout.tied, *tied], where)
     owners = {name: owner for owner, *others in groups for name in others}
     state: Tensors = {}
     missing: list[str] = []
@@ -113,6 +119,13 @@ def model_from_(
     report.interpolated = resize_positions_(state, wanted, align_corners=layout.align_corners)
     fill_(model, state, where)
     return model, report
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
+    """The shape of a tensor that the geometry of a model is read off. Raises WeightsError: it is not there."""
+    if name not in tensors:
+        raise WeightsError(f"{name} is missing, and shows how the model is built")
+    return tensors[name].shape
 
 
 def their_names(name: str, names: Names) -> tuple[str, ...]:
