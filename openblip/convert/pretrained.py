@@ -7,9 +7,10 @@ from typing import Any
 
 from openblip.config import UserError
 from openblip.convert.files import read_object
-from openblip.convert.huggingface_config import image_transform
+from openblip.convert.lavis_blip2 import bring_in_
 from openblip.convert.layout import Tensors, model_from_
 from openblip.convert.lm import lm_folder
+from openblip.convert.preprocessor import image_transform
 from openblip.convert.recognise import find_layout
 from openblip.convert.weights import LoadReport
 from openblip.data.prompts import LmTokenizer
@@ -41,6 +42,8 @@ def from_another_layout_(
     *,
     image_size: int | None = None,
     tokenizer: Tokenizer | None = None,
+    vision: str | Path | None = None,
+    lm: str | Path | None = None,
 ) -> Pretrained:
     """What a folder of transformers, or a file of weights, makes of us; empties `tensors`.
 
@@ -50,15 +53,20 @@ def from_another_layout_(
         tensors: its weights.
         image_size: for images of this many pixels instead.
         tokenizer: of a model that comes without one.
+        vision, lm: of a file that holds no image tower or no language model, see `lavis_blip2.bring_in_`.
 
     Errors are those of `recognise.find_layout` and `layout.model_from_`.
     """
+    parts = bring_in_(tensors, str(place), vision=vision, lm=lm)
     layout = find_layout(config, tensors, str(place))
-    model, report = model_from_(layout, config, tensors, str(place), image_size=image_size)
+    settings = {**config, **parts.config}
+    model, report = model_from_(layout, settings, tensors, str(place), image_size=image_size, lm=parts.lm)
+    report.ignored |= parts.ignored
+    report.notes += parts.notes
     files = [place / name for name in ("preprocessor_config.json", "processor_config.json")]
     processor = next((read_object(file) for file in files if file.is_file()), None)
-    vision = getattr(model.config, "vision", model.config)
-    transform, notes = image_transform(layout.images, vision.image_size, processor)
+    tower = getattr(model.config, "vision", model.config)
+    transform, notes = image_transform(layout.images, tower.image_size, processor)
     report.notes += notes
     words = tokenizer or _tokenizer(model, place, report)
     info = {"converted_from": report.layout, **layout.info}
