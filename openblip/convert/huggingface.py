@@ -154,7 +154,8 @@ def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any]
     layout = next((layout for layout in LAYOUTS if layout.is_ours(model)), None)
     if isinstance(model, Blip) and model.config.encoder and model.config.decoder:
         raise UserError(
-            "transformers has no BLIP with both halves: convert its halves, without_decoder(model) and so on"
+            "transformers has no BLIP with both halves: convert its halves, without_decoder(model) and so on "
+            "(openblip convert: --half caption or --half retrieval)"
         )
     if isinstance(model, Blip2) and model.config.decoder:
         raise UserError(

@@ -69,7 +69,7 @@ def from_another_layout_(
     transform, notes = image_transform(layout.images, tower.image_size, processor)
     report.notes += notes
     words = tokenizer or _tokenizer(model, place, report)
-    info = {"converted_from": report.layout}
+    info = {"converted_from": report.layout, **layout.info}
     return Pretrained(model, words, transform, info, report, lm_tokenizer=lm_tokenizer(model, place))
 
 

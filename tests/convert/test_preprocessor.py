@@ -39,7 +39,9 @@ def photo(width: int, height: int) -> Image.Image:
 
 def with_alpha(width: int, height: int) -> Image.Image:
     image = photo(width, height).convert("RGBA")
-    image.putalpha(Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width), dtype=np.uint8)))
+    image.putalpha(
+        Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width), dtype=np.uint8))
+    )
     return image
 
 
@@ -122,7 +124,10 @@ def test_a_fault_is_seen(change, tmp_path):
 
 
 def test_transparency_shows_white():
-    assert with_alpha(40, 40).getchannel("A").getextrema() == (0, 255)  # so that the comparison above means something
+    assert with_alpha(40, 40).getchannel("A").getextrema() == (
+        0,
+        255,
+    )  # so that the comparison above means something
     clear = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
     assert image_transform("blip", 8, None)[0](open_image(clear)).min() > 1.9
 

@@ -72,7 +72,10 @@ def test_another_size_cuts_off_as_much():
 
 
 def test_a_transform_survives_json():
-    for transform in (ImageTransform(48, resize="crop", resize_size=50), TrainTransform(48, scale=(0.5, 1.0))):
+    for transform in (
+        ImageTransform(48, resize="crop", resize_size=50),
+        TrainTransform(48, scale=(0.5, 1.0)),
+    ):
         assert from_dict(type(transform), to_dict(transform), "here") == transform
 
 
