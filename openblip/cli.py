@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from openblip.cli_chat import chat
+from openblip.cli_convert import convert
 from openblip.cli_make import (
     as_json,
     bootstrap,
@@ -262,6 +263,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "eval": eval,
     "info": info,
+    "convert": convert,
     "push": push,
 }
 

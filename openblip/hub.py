@@ -26,9 +26,9 @@ from openblip import __version__
 from openblip.config import UserError, from_dict, save_json, to_dict
 from openblip.convert.files import WEIGHTS, publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
-from openblip.convert.huggingface import to_huggingface
 from openblip.convert.lm import load_lm
 from openblip.convert.pretrained import Pretrained, from_another_layout_, lm_tokenizer, reads_text
+from openblip.convert.processor import for_transformers, save_processor
 from openblip.convert.weights import (
     LM,
     SYSTEMS,
@@ -49,7 +49,11 @@ from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json|lm_tokenizer")
+# What saving replaces: files of ours, and of transformers.
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|lm_tokenizer|qformer_tokenizer"
+    r"|(generation|processor|preprocessor)_config\.json|chat_template\.jinja"
+)
 
 
 @dataclass
@@ -93,11 +97,7 @@ def save_pretrained(
             frozen part or source that is not known.
         ConfigError: `info` holds something JSON cannot.
     """
-    kind = next(
-        (name for name, (cls, _) in SYSTEMS.items() if type(getattr(model, "config", None)) is cls), None
-    )
-    if kind is None:
-        raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
+    kind = _kind_of(model)
     _check_tokenizer(tokenizer, model.config, "save_pretrained")
     weights = model.state_dict()
     for _, *others in tied_names(model):
@@ -108,12 +108,10 @@ def save_pretrained(
     if lm is not None and lm.source is not None:
         weights = {k: v for k, v in weights.items() if not k.startswith(LM) or is_adapter(k)}
     card = _Card(kind, __version__, to_dict(model.config), transform, info or {}, named)
-    if dtype is not None:
-        weights = {name: v.to(dtype) if v.is_floating_point() else v for name, v in weights.items()}
 
     def write(part: Path) -> None:
         save_json(card, part / "config.json")
-        save_weights(weights, part)
+        save_weights(_in(dtype, weights), part)
         if tokenizer is not None:
             tokenizer.save(part)
         if lm_tokenizer is not None and lm is not None and lm.source is None:
@@ -124,19 +122,52 @@ def save_pretrained(
     publish(Path(folder), _is_ours, write)
 
 
-def save_for_transformers(model: nn.Module, folder: str | Path) -> None:
-    """Write config.json and model.safetensors as transformers reads them, for its own class of this model.
+def save_for_transformers(
+    model: nn.Module | Pretrained,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    transform: ImageTransform | None = None,
+    info: dict[str, Any] | None = None,
+    lm_tokenizer: LmTokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    approximate: bool = False,
+) -> list[str]:
+    """Write a folder that transformers loads with its own classes and processor; see `convert.processor`.
 
-    Raises UserError if there is no such class; BLIP's halves go one by one (`without_encoder`,
-    `without_decoder`).
+    All weights are in it, also those of parts that our own folders name. Adapters are added to what they adapt.
+
+    Args:
+        model: with what belongs to it, as `load_pretrained` gives it; or alone, and the rest as in `save_pretrained`.
+            What is not given is not written: without image transform and tokenizers there is no processor.
+        dtype: of the file; None keeps the model's.
+        approximate: allow what transformers cannot hold exactly: one epsilon for the norms of the tower and the one
+            behind it (1e-6 and 1e-5 in the released BLIP-2; the tower's is taken, as in transformers' own conversion).
+
+    Returns what deserves to be known about the folder.
+
+    Raises UserError if there is no such class; BLIP's halves go one by one (`without_encoder`, `without_decoder`).
     """
-    config, weights = to_huggingface(model)
+    found = (
+        model
+        if isinstance(model, Pretrained)
+        else Pretrained(model, tokenizer, transform, info or {}, LoadReport(), lm_tokenizer=lm_tokenizer)
+    )
+    kind = _kind_of(found.model)
+    config, weights, notes = for_transformers(found, approximate=approximate)
 
     def write(part: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_weights(weights, part)
+        save_weights(_in(dtype, weights), part)
+        save_processor(part, config, found.transform, found.tokenizer, found.lm_tokenizer)
+        page = model_card(
+            found.model, kind, Path(folder).resolve().name, __version__, found.info, found.frozen,
+            transformers=config["architectures"][0],
+        )  # fmt: skip
+        (part / "README.md").write_text(page, encoding="utf-8")
 
     publish(Path(folder), _is_ours, write)
+    return notes
 
 
 def load_pretrained(
@@ -145,6 +176,8 @@ def load_pretrained(
     image_size: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: str | Path | None = None,
+    vision: str | Path | None = None,
+    lm: str | Path | None = None,
 ) -> Pretrained:
     """Load a folder of ours or of transformers, either by its name on the hub, or a file of original weights.
 
@@ -156,6 +189,8 @@ def load_pretrained(
             at a higher resolution (BLIP §4.1).
         dtype: of the weights; None keeps the file's own.
         tokenizer: a folder with the tokenizer, for weights that come without.
+        vision, lm: the file of the image tower and the language model (a folder, a name on the hub, a `.gguf` file) of
+            an original BLIP-2 or InstructBLIP file, which holds what was trained.
 
     Raises:
         UserError: no such path or name, no weights in it, a damaged file, a model that is not known.
@@ -165,11 +200,15 @@ def load_pretrained(
     """
     place, config, weights = read_checkpoint(name_or_path, dtype)
     if "openblip_version" in config:
+        if vision is not None or lm is not None:
+            raise UserError(f"{place}: names its own parts; leave `vision` and `lm` out")
         found = _load_ours(place, config, weights, image_size)
         if tokenizer is not None and reads_text(found.model.config):
             found.tokenizer = Tokenizer.load(tokenizer)
     else:
-        found = from_another_layout_(place, config, weights, image_size=image_size, tokenizer=tokenizer)
+        found = from_another_layout_(
+            place, config, weights, image_size=image_size, tokenizer=tokenizer, vision=vision, lm=lm
+        )
     _check_tokenizer(found.tokenizer, found.model.config, str(place))
     if image_size is not None and found.transform is not None:
         found.transform = found.transform.at(image_size)
@@ -183,6 +222,14 @@ def read_checkpoint(
     place = _find(name_or_path)
     config = read_object(place / "config.json") if place.is_dir() else {}
     return place, config, read_weights(place, dtype)
+
+
+def _kind_of(model: nn.Module) -> str:
+    """Its name in `SYSTEMS`."""
+    for name, (cls, _) in SYSTEMS.items():
+        if type(getattr(model, "config", None)) is cls:
+            return name
+    raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
 
 
 def _load_ours(
@@ -336,6 +383,13 @@ def _find(name_or_path: str | Path) -> Path:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"{name_or_path}: no such folder here, and the hub does not give it: {why}") from None
     return found
+
+
+def _in(dtype: torch.dtype | None, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in a dtype, if one is wanted."""
+    if dtype is None:
+        return weights
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def _is_ours(name: str) -> bool:

@@ -73,6 +73,7 @@ IMPORTS = [
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end
     ("cli_make", "*"),                                     # parts of the roof
     ("cli_chat", "*"),
+    ("cli_convert", "*"),
     ("cli", "*"),                                          # the roof stands on everything
 ]
 # fmt: on

@@ -43,6 +43,7 @@ from openblip.models.blip2 import Blip2
 from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
+from openblip.models.lm import LanguageModel, merged_state, without_adapter
 from openblip.models.vit import VisionTransformer
 
 _NO_TEMPERATURE = {
@@ -142,15 +143,19 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config.json, state dict) that give transformers' own class the weights of `model`, tied ones once.
+
+    LoRA adapters are added to the weights below them. config: instead of the model's own, see
+    `huggingface_config.one_epsilon`.
 
     Raises UserError for a model transformers has no class for, naming the part that does not fit.
     """
     layout = next((layout for layout in LAYOUTS if layout.is_ours(model)), None)
     if isinstance(model, Blip) and model.config.encoder and model.config.decoder:
         raise UserError(
-            "transformers has no BLIP with both halves: convert its halves, without_decoder(model) and so on"
+            "transformers has no BLIP with both halves: convert its halves, without_decoder(model) and so on "
+            "(openblip convert: --half caption or --half retrieval)"
         )
     if isinstance(model, Blip2) and model.config.decoder:
         raise UserError(
@@ -164,13 +169,16 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise UserError(f"transformers has no class for a {type(model).__name__}")
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
         raise UserError(f"{layout.name} of transformers needs images and texts of one width")
-    config = layout.to_config(model.config)
-    mine, theirs = model.state_dict(), empty_model(layout.config(config, {})).state_dict()
+    if isinstance(model, Blip2Llm):
+        _check_language_model(layout.name, model.lm)
+    config = layout.to_config(model.config if config is None else config)
+    mine = merged_state(model)
+    theirs = empty_model(layout.config(config, {})).state_dict()
     if odd := sorted(mine.keys() ^ theirs.keys()):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise UserError(f"{layout.name} of transformers is built differently: {', '.join(odd[:3])}{more}")
     state: dict[str, Tensor] = {}
-    once = {name for _, *others in tied_names(model) for name in others}
+    once = {without_adapter(name) for _, *others in tied_names(model) for name in others}
     for name, value in mine.items():
         if name in layout.fresh or name in once:
             continue
@@ -179,3 +187,17 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]
         parts = value.chunk(len(names)) if len(names) > 1 else (value,)
         state |= {their_name: part.clone() for their_name, part in zip(names, parts)}
     return config | {"architectures": [layout.name]}, state
+
+
+def _check_language_model(name: str, lm: LanguageModel) -> None:
+    """Raises UserError: one that a class of transformers would build or feed in another way."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    settings = lm.model.config
+    if lm.is_encoder_decoder and settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{name} of transformers takes a {settings.model_type} for a decoder without encoder")
+    if lm.hidden_size != settings.hidden_size:
+        raise UserError(
+            f"{name} of transformers projects to the language model's hidden_size, {settings.hidden_size}, and its "
+            f"words have {lm.hidden_size}"
+        )

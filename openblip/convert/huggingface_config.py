@@ -1,6 +1,7 @@
 """config.json of transformers' models <-> our configurations; most fields have the same name in both."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from openblip.config import UserError, from_dict
@@ -44,6 +45,7 @@ _QFORMER = {
 }  # fmt: skip
 # Not in their files, but in ours: [CLS] and [SEP] are BERT's, and [DEC] is the word behind BERT's last.
 _QFORMER_TOKENS = {"cls_token_id": 101, "sep_token_id": 102, "dec_token_id": 30522}
+_FAMILY = "lm_family"  # a key of ours: an InstructBLIP around another llama than Vicuna is not taken for one
 _NOT_THE_MODEL = {"transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -171,10 +173,8 @@ def blip2_llm(config: Mapping[str, Any]) -> Blip2LlmConfig:
 def instructblip(config: Mapping[str, Any]) -> Blip2LlmConfig:
     """InstructBlipForConditionalGeneration: the Q-Former reads the instruction too."""
     lm = _lm(config)
-    if lm.config["model_type"] == "llama":
-        lm.family = (
-            "vicuna"  # the only llama it was released with, whose tokenizer was changed (InstructBLIP)
-        )
+    if lm.config["model_type"] == "llama":  # the only one it was released with, whose tokenizer was changed
+        lm.family = config.get(_FAMILY, "vicuna")
     return Blip2LlmConfig(lm, _headless(*_blip2_parts(config)), qformer_text=True)
 
 
@@ -238,14 +238,24 @@ def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
     if token is None:
         token = AutoConfig.for_model(**text).vocab_size - 1
     parts = _to_blip2_parts(config.blip2, "instructblip" if config.qformer_text else "blip-2")
-    return parts | {"text_config": text, "image_token_index": token}
+    return parts | {"text_config": text, "image_token_index": token, _FAMILY: config.lm.family}
+
+
+def one_epsilon(config: Any) -> Any:
+    """A BLIP-2's configuration with the epsilon of the tower for the norm behind it too, as transformers has it."""
+    if isinstance(config, Blip2LlmConfig):
+        return replace(config, blip2=one_epsilon(config.blip2))
+    if isinstance(config, Blip2Config):
+        return replace(config, ln_vision_eps=config.vision.layer_norm_eps)
+    return config
 
 
 def _to_blip2_parts(config: Blip2Config, model_type: str) -> dict[str, Any]:
     if config.ln_vision_eps != config.vision.layer_norm_eps:
         raise UserError(
             f"transformers has one epsilon for all norms of the image: ln_vision_eps is {config.ln_vision_eps}, "
-            f"vision.layer_norm_eps {config.vision.layer_norm_eps}"
+            f"vision.layer_norm_eps {config.vision.layer_norm_eps} (transformers' own conversion of the released "
+            "models took the tower's for both; `approximate` does so too)"
         )
     vision = {key: getattr(config.vision, key) for key in _EVA_VIT}
     kept = (*(_QFORMER.keys() - {"hidden_dropout_prob"}), *_QFORMER_TOKENS)

@@ -11,13 +11,16 @@ from torch import Tensor
 from openblip.convert.weights import (
     LM,
     LoadReport,
+    WeightsError,
     empty_model,
     fill_,
     merge_tied_,
     refuse,
     resize_positions_,
     tied_in,
+    tied_names,
 )
+from openblip.models.lm import LanguageModel
 
 # Our module or parameter -> theirs; several of theirs are one of ours, stacked. {} is the number of the layer. A name
 # that ends in a dot stands for all below it, which is called the same in both.
@@ -29,27 +32,36 @@ COUNTED = {r".*\.position_ids": "0, 1, 2, … are counted at run time"}
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One kind of checkpoint: how to know it, and how its configuration, names and tensors become ours."""
+    """One kind of checkpoint: how to know it, and how its configuration, names and tensors become ours.
 
-    origin: str  # the code that writes it
-    name: str  # of the class there
-    model_type: str | None = (
-        None  # in its config.json; None: it comes as a file of tensors, without a config.json
-    )
-    marks: tuple[str, ...]  # modules or tensors that are in it, what tells it from others of the same origin
+    origin, name: the code that writes it, and its class there.
+    model_type: in its config.json; None: it comes as a file of tensors, without a config.json.
+    marks: modules or tensors that are in it: what tells it from others.
+    names: the table.
+    config: our configuration of its config.json ({}: none) and its tensors, prepared.
+    images: how they are prepared if no file says: a kind of `preprocessor.image_transform`.
+    prepare_: what names alone cannot say, done to the tensors before all else.
+    tied: names of theirs that stand for one tensor.
+    ignored: pattern of their name -> why it is not needed.
+    fresh: our name -> its value, and why it is not in the file.
+    align_corners: when its table of positions is resized.
+    notes: of the load report. info: what is worth knowing of the model, see `hub.save_pretrained`.
+    """
+
+    origin: str
+    name: str
+    model_type: str | None = None
+    marks: tuple[str, ...]
     names: Names
-    config: Callable[
-        [Mapping[str, Any], Mapping[str, Tensor]], Any
-    ]  # its config.json ({}: none), prepared tensors
-    images: str  # how they are prepared if no file says: a kind of `preprocessor.image_transform`
-    prepare_: Callable[[Tensors], None] | None = None  # what names alone cannot say, done before all else
-    tied: tuple[tuple[str, str], ...] = ()  # names of theirs that stand for one tensor
-    ignored: Mapping[str, str] = field(default_factory=lambda: COUNTED)  # pattern of their name -> why
-    fresh: Mapping[str, tuple[float, str]] = field(
-        default_factory=dict
-    )  # our name -> value, why it is not in the file
-    align_corners: bool = False  # when its table of positions is resized
-    notes: tuple[str, ...] = ()  # of the load report
+    config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]
+    images: str
+    prepare_: Callable[[Tensors], None] | None = None
+    tied: tuple[tuple[str, str], ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=lambda: COUNTED)
+    fresh: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    align_corners: bool = False
+    notes: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 def under(ours: str, names: Names) -> Names:
@@ -64,6 +76,7 @@ def model_from_(
     where: str,
     *,
     image_size: int | None = None,
+    lm: LanguageModel | None = None,
 ) -> tuple[Any, LoadReport]:
     """A model of ours, in eval mode, with the weights of a checkpoint.
 
@@ -72,6 +85,7 @@ def model_from_(
         tensors: its state dict. It is emptied on the way, so that what is copied is not held twice.
         where: what to call it in messages.
         image_size: resize the position embeddings for images of this many pixels.
+        lm: the language model of a checkpoint that holds none.
 
     Raises:
         UserError, ConfigError: the configuration is none for our model.
@@ -79,14 +93,23 @@ def model_from_(
     """
     if layout.prepare_ is not None:
         layout.prepare_(tensors)
-    model = empty_model(layout.config(config, tensors), image_size)
+    try:
+        ours = layout.config(config, tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from None
+    model = empty_model(ours, image_size, lm)
     wanted = model.state_dict()
+    held = {} if lm is None else {name: value for name, value in wanted.items() if name.startswith(LM)}
+    for owner, *others in tied_names(model):
+        held |= dict.fromkeys(others, held[owner]) if owner in held else {}
+    wanted = {name: value for name, value in wanted.items() if name not in held}
     theirs = {name: their_names(name, layout.names) for name in wanted if name not in layout.fresh}
     in_lm = {name: theirs[name][0] for name in wanted if name.startswith(LM)}
     groups = tied_in(model, {name: tensors[their] for name, their in in_lm.items() if their in tensors})
+    groups = [names for names in groups if names[0] not in held]
     tied = [list(copies) for names in groups for copies in zip(*(theirs[name] for name in names))]
     report = LoadReport(where, f"{layout.origin} {layout.name}", notes=list(layout.notes))
-    report.tied = merge_tied_(tensors, [*tied, *layout.tied], where)
+    report.tied = merge_tied_(tensors, [*layout.tied, *tied], where)
     owners = {name: owner for owner, *others in groups for name in others}
     state: Tensors = {}
     missing: list[str] = []
@@ -109,10 +132,17 @@ def model_from_(
             report.ignored[name] = why
             del tensors[name]
     refuse(where, missing=missing, unknown=tensors.keys())
-    state |= {name: state[owner] for name, owner in owners.items()}
+    state |= {name: state[owner] for name, owner in owners.items()} | held
     report.interpolated = resize_positions_(state, wanted, align_corners=layout.align_corners)
     fill_(model, state, where)
     return model, report
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
+    """The shape of a tensor that the geometry of a model is read off. Raises WeightsError: it is not there."""
+    if name not in tensors:
+        raise WeightsError(f"{name} is missing, and shows how the model is built")
+    return tensors[name].shape
 
 
 def their_names(name: str, names: Names) -> tuple[str, ...]:

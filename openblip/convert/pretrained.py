@@ -7,6 +7,7 @@ from typing import Any
 
 from openblip.config import UserError
 from openblip.convert.files import read_object
+from openblip.convert.lavis_blip2 import bring_in_
 from openblip.convert.layout import Tensors, model_from_
 from openblip.convert.lm import lm_folder
 from openblip.convert.preprocessor import image_transform
@@ -43,6 +44,8 @@ def from_another_layout_(
     *,
     image_size: int | None = None,
     tokenizer: str | Path | None = None,
+    vision: str | Path | None = None,
+    lm: str | Path | None = None,
 ) -> Pretrained:
     """What a folder of transformers, or a file of weights, makes of us; empties `tensors`.
 
@@ -53,15 +56,20 @@ def from_another_layout_(
         image_size: for images of this many pixels instead.
         tokenizer: a folder with the tokenizer of a model that comes without: its own text part's, or if nothing but
             its language model reads, that of the language model.
+        vision, lm: of a file that holds no image tower or no language model, see `lavis_blip2.bring_in_`.
 
     Errors are those of `recognise.find_layout` and `layout.model_from_`.
     """
+    parts = bring_in_(tensors, str(place), vision=vision, lm=lm)
     layout = find_layout(config, tensors, str(place))
-    model, report = model_from_(layout, config, tensors, str(place), image_size=image_size)
+    settings = {**config, **parts.config}
+    model, report = model_from_(layout, settings, tensors, str(place), image_size=image_size, lm=parts.lm)
+    report.ignored |= parts.ignored
+    report.notes += parts.notes
     files = [place / name for name in ("preprocessor_config.json", "processor_config.json")]
     processor = next((read_object(file) for file in files if file.is_file()), None)
-    vision = getattr(model.config, "vision", model.config)
-    transform, notes = image_transform(layout.images, vision.image_size, processor)
+    tower = getattr(model.config, "vision", model.config)
+    transform, notes = image_transform(layout.images, tower.image_size, processor)
     report.notes += notes
     words, lm_place = None, place
     if reads_text(model.config):
@@ -71,7 +79,7 @@ def from_another_layout_(
     lm_words = lm_tokenizer(model, lm_place)
     if lm_words is not None:
         _check_added_words(lm_words, model.lm, str(lm_place))
-    info = {"converted_from": report.layout}
+    info = {"converted_from": report.layout, **layout.info}
     return Pretrained(model, words, transform, info, report, lm_tokenizer=lm_words)
 
 

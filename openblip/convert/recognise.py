@@ -4,12 +4,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from openblip.config import UserError
-from openblip.convert import huggingface, towers, xgenmm
+from openblip.convert import huggingface, lavis, lavis_blip2, towers, xgenmm
 from openblip.convert.layout import Layout, Tensors, model_from_
 from openblip.convert.weights import LoadReport
 
 # The first that fits is taken: what has more marks stands before what has fewer of the same.
-LAYOUTS: tuple[Layout, ...] = (*huggingface.LAYOUTS, *towers.LAYOUTS, *xgenmm.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *huggingface.LAYOUTS,
+    *lavis.LAYOUTS,
+    *lavis_blip2.LAYOUTS,
+    *towers.LAYOUTS,
+    *xgenmm.LAYOUTS,
+)
 
 _SHOWN = 8  # parts of an unknown checkpoint in the message
 
@@ -35,7 +41,7 @@ def find_layout(config: Mapping[str, Any], names: Collection[str], where: str) -
     told += ", ".join(parts[:_SHOWN]) + more
     if fitting and not config:
         raise UserError(f"{told} lacks the config.json of its {fitting[0].origin} {fitting[0].name}")
-    known = ", ".join(f"{layout.origin} {layout.name}" for layout in LAYOUTS)
+    known = ", ".join(dict.fromkeys(f"{layout.origin} {layout.name}" for layout in LAYOUTS))
     raise UserError(f"{told} is not known; known are {known}, and folders of our own")
 
 

@@ -120,6 +120,23 @@ class LmTokenizer:
         """Whether a prompt may be a chat."""
         return bool(self._tokenizer.chat_template)
 
+    @property
+    def chat_template(self) -> str | None:
+        """How the messages of a chat become a text (Jinja)."""
+        return self._tokenizer.chat_template
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """A copy of what cuts texts into words; what stands around a text is that of the tokenizer it came from."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Those of "bos_token", "eos_token", "unk_token" and "pad_token" that the tokenizer it came from has."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        found = {name: getattr(self._tokenizer, name) for name in names}
+        return {name: str(token) for name, token in found.items() if token is not None}
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text alone. A lone surrogate, which JSON can hold and UTF-8 cannot, is read as "?"."""
         return self._backend.encode(_sound(text), add_special_tokens=False).ids

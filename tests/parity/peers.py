@@ -6,12 +6,16 @@ that is missing. Every weight is drawn anew, large enough to matter, and the tes
 at all of its inputs.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, BlipConfig, CLIPConfig, Dinov2Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from openblip.convert.recognise import from_checkpoint_
 from openblip.models.layers import ACTIVATIONS, Attention, Mlp
@@ -130,6 +134,19 @@ def random_peer(cls: type, config, seed: int = 0) -> nn.Module:
         else:
             parameter.data = noise * 1.5 * parameter[0].numel() ** -0.5
     return peer
+
+
+@contextlib.contextmanager
+def norms_that_do_not_round() -> Iterator[None]:
+    """transformers' norms of Llama and T5 round to float32 in between; not here, in neither model."""
+
+    def forward(norm, x):
+        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", forward)
+        patch.setattr(T5LayerNorm, "forward", forward)
+        yield
 
 
 def make_talkative_(decoder: nn.Module, end: float = 4) -> None:

@@ -19,8 +19,6 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from openblip.convert.huggingface import to_huggingface
 from openblip.convert.recognise import from_checkpoint_
@@ -36,6 +34,7 @@ from tests.parity.peers import (
     blip2_sections,
     difference,
     language_model,
+    norms_that_do_not_round,
     other_activation,
     other_eps,
     ours,
@@ -71,13 +70,8 @@ def make_peer(kind: str, cls: type | None = None):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def norms_that_do_not_round():
-    def forward(norm, x):
-        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", forward)
-        patch.setattr(T5LayerNorm, "forward", forward)
+def exact_norms():
+    with norms_that_do_not_round():
         yield
 
 
