@@ -57,7 +57,7 @@ def load_text_(model: Blip | Blip2, source: str) -> tuple[list[LoadReport], Toke
     source: "minilm", from a registry package, or a folder, file or hub name of a BERT.
 
     Raises:
-        UserError: there are no such weights, or they have another number of heads.
+        UserError: there are no such weights, or they have another number of heads, or of words.
         WeightsError: tensors are missing, not known, or of another shape.
     """
     if isinstance(model, Blip2):
@@ -88,8 +88,14 @@ def _load_bert_(
         reports.append(
             bert_(text, tensors, f"{source} into {name}", None if name == "text_encoder" else head)
         )
-    has_words = any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-    return reports, Tokenizer.load(place) if has_words else None
+    if not any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return reports, None
+    tokenizer, wanted = Tokenizer.load(place), next(iter(texts.values())).config.dec_token_id
+    if tokenizer.dec_id != wanted:
+        raise UserError(
+            f"text_init {source!r}: [DEC] is {tokenizer.dec_id} behind its words, the model's {wanted}"
+        )
+    return reports, tokenizer
 
 
 def _copy_tower_(vision: VisionTransformer, tower: VisionTransformer, report: LoadReport) -> LoadReport:

@@ -12,7 +12,7 @@ import openblip
 from openblip.config import UserError
 from openblip.convert.recognise import from_checkpoint_
 from openblip.convert.weights import WeightsError
-from openblip.hub import load_pretrained
+from openblip.hub import load_pretrained, save_pretrained
 from openblip.models.blip3 import Blip3
 from tests.convert.test_preprocessor import photo, released_tiles
 from tests.data.test_chat import XGENMM_SYSTEM, bytes_tokenizer
@@ -318,6 +318,18 @@ def test_a_folder_of_the_hub_answers_as_its_parts_do(folder):
     ends = {2, WORDS + 2, ids("<|end|>")[0]}
     stop = next((i for i, word in enumerate(said) if word in ends), len(said))
     assert answer == words.decode(said[:stop], skip_special_tokens=True).strip() and stop
+
+
+def test_a_folder_of_ours_keeps_all_of_it(folder, tmp_path):
+    loaded = load_pretrained(folder[0])
+    save_pretrained(
+        loaded.model, tmp_path, transform=loaded.transform, info=loaded.info, lm_tokenizer=loaded.lm_tokenizer
+    )
+    again = load_pretrained(tmp_path)
+    state = again.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
+    assert again.model.config == loaded.model.config and again.transform == loaded.transform
+    assert again.lm_tokenizer.id_of("<image>") == WORDS == again.model.image_token_id
 
 
 def test_a_tokenizer_with_other_ids_is_refused(folder, tmp_path):

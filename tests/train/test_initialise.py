@@ -293,6 +293,8 @@ def test_encoder_and_decoder_begin_with_a_bert(bert):
     assert "embeddings.word.weight[128:]" in reports[0].fresh
     alone = Blip(BlipConfig(SMALL, TEXT, projection_dim=8, decoder=False))
     assert len(load_text_(alone, str(folder))[0]) == 1
+    with pytest.raises(UserError, match=r"\[DEC\] is 128 behind its words, the model's 129"):
+        load_text_(Blip(BlipConfig(SMALL, replace(TEXT, dec_token_id=129), projection_dim=8)), str(folder))
     with pytest.raises(UserError, match="a BERT of 4 heads, and the model's texts have 2"):
         load_text_(
             Blip(BlipConfig(SMALL, replace(TEXT, num_attention_heads=2), projection_dim=8)), str(folder)
