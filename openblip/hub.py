@@ -27,7 +27,7 @@ from openblip.config import UserError, from_dict, save_json, to_dict
 from openblip.convert.files import WEIGHTS, publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
 from openblip.convert.lm import load_lm
-from openblip.convert.pretrained import Pretrained, from_another_layout_, lm_tokenizer
+from openblip.convert.pretrained import Pretrained, from_another_layout_, lm_tokenizer, reads_text
 from openblip.convert.processor import for_transformers, save_processor
 from openblip.convert.weights import (
     LM,
@@ -198,23 +198,30 @@ def load_pretrained(
         WeightsError: tensors that are missing, not known, of another shape, or copies of one tensor that
             differ.
     """
-    place = _find(name_or_path)
-    config = read_object(place / "config.json") if place.is_dir() else {}
-    weights = read_weights(place, dtype)
-    words = None if tokenizer is None else Tokenizer.load(tokenizer)
+    place, config, weights = read_checkpoint(name_or_path, dtype)
     if "openblip_version" in config:
         if vision is not None or lm is not None:
             raise UserError(f"{place}: names its own parts; leave `vision` and `lm` out")
         found = _load_ours(place, config, weights, image_size)
-        found.tokenizer = words or found.tokenizer
+        if tokenizer is not None and reads_text(found.model.config):
+            found.tokenizer = Tokenizer.load(tokenizer)
     else:
         found = from_another_layout_(
-            place, config, weights, image_size=image_size, tokenizer=words, vision=vision, lm=lm
+            place, config, weights, image_size=image_size, tokenizer=tokenizer, vision=vision, lm=lm
         )
     _check_tokenizer(found.tokenizer, found.model.config, str(place))
     if image_size is not None and found.transform is not None:
         found.transform = found.transform.at(image_size)
     return found
+
+
+def read_checkpoint(
+    name_or_path: str | Path, dtype: torch.dtype | None = torch.float32
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """What is there, as it is: (the folder or file, its config.json or {}, its tensors). See `load_pretrained`."""
+    place = _find(name_or_path)
+    config = read_object(place / "config.json") if place.is_dir() else {}
+    return place, config, read_weights(place, dtype)
 
 
 def _kind_of(model: nn.Module) -> str:

@@ -32,6 +32,8 @@ _CLIP_TEXT_MODEL = {
 _DINOV2_VIT = _VIT | {
     "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "layerscale_value": 1.0,
 }  # fmt: skip
+_SIGLIP_VIT = _BLIP_VIT | {"image_size": 224, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_IMAGENET_VIT = _BLIP_VIT | {"image_size": 224, "layer_norm_eps": 1e-12}
 _EVA_VIT = {
     "hidden_size": 1408, "num_hidden_layers": 39, "num_attention_heads": 16, "intermediate_size": 6144,
     "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6,
@@ -135,6 +137,20 @@ def dinov2(config: Mapping[str, Any]) -> VisionConfig:
     found["intermediate_size"] = found["hidden_size"] * found.pop("mlp_ratio")
     found["layer_scale"] = found.pop("layerscale_value")
     return from_dict(VisionConfig, found, "config.json")
+
+
+def siglip(config: Mapping[str, Any]) -> VisionConfig:
+    """SiglipVisionModel, or the image tower of a SiglipModel."""
+    section = _section(config, "vision_config") if config.get("model_type") == "siglip" else config
+    found = _read(section, _SIGLIP_VIT) | {"class_token": False}
+    return from_dict(VisionConfig, found, "config.json")
+
+
+def vit(config: Mapping[str, Any]) -> VisionConfig:
+    """ViTModel and DeiTModel."""
+    if not config.get("qkv_bias", True):
+        raise UserError("config.json: qkv_bias false is not supported")
+    return from_dict(VisionConfig, _read(config, _IMAGENET_VIT), "config.json")
 
 
 def blip2_retrieval(config: Mapping[str, Any]) -> Blip2Config:

@@ -73,6 +73,33 @@ CLIP = (
         "logit_scale": "logit_scale",
     }
 )
+
+
+def siglip_names(prefix: str) -> Names:
+    """SigLIP's image tower, which has no class token."""
+    names = _vision(prefix, _SPLIT_HEADS, "self_attn.out_proj")
+    del names["class_embedding"]
+    return names | {
+        "position_embedding": f"{prefix}embeddings.position_embedding.weight",
+        "norm": f"{prefix}post_layernorm",
+    }
+
+
+_VIT_LAYER = "encoder.layer.{}."
+VIT: Names = {
+    "class_embedding": "embeddings.cls_token",
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "position_embedding": "embeddings.position_embeddings",
+    "blocks.{}.norm1": f"{_VIT_LAYER}layernorm_before",
+    "blocks.{}.attention.qkv": tuple(
+        f"{_VIT_LAYER}attention.attention.{name}" for name in ("query", "key", "value")
+    ),
+    "blocks.{}.attention.out": f"{_VIT_LAYER}attention.output.dense",
+    "blocks.{}.norm2": f"{_VIT_LAYER}layernorm_after",
+    "blocks.{}.mlp.fc1": f"{_VIT_LAYER}intermediate.dense",
+    "blocks.{}.mlp.fc2": f"{_VIT_LAYER}output.dense",
+    "norm": "layernorm",
+}
 _DINOV2_LAYER = "encoder.layer.{}."
 DINOV2: Names = {
     "class_embedding": "embeddings.cls_token",

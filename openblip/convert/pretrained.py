@@ -15,8 +15,10 @@ from openblip.convert.recognise import find_layout
 from openblip.convert.weights import LoadReport
 from openblip.data.prompts import LmTokenizer
 from openblip.data.text import Tokenizer, bert_uncased
+from openblip.data.tokens import AddedTokens
 from openblip.data.transforms import ImageTransform
 from openblip.models.blip2_llm import Blip2Llm
+from openblip.models.lm import LanguageModel
 from openblip.models.text import TextConfig
 
 _BERT_WORDS = TextConfig().dec_token_id  # how many there are: [DEC] comes behind them
@@ -41,7 +43,7 @@ def from_another_layout_(
     tensors: Tensors,
     *,
     image_size: int | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: str | Path | None = None,
     vision: str | Path | None = None,
     lm: str | Path | None = None,
 ) -> Pretrained:
@@ -52,7 +54,8 @@ def from_another_layout_(
         config: its config.json; {} for a file.
         tensors: its weights.
         image_size: for images of this many pixels instead.
-        tokenizer: of a model that comes without one.
+        tokenizer: a folder with the tokenizer of a model that comes without: its own text part's, or if nothing but
+            its language model reads, that of the language model.
         vision, lm: of a file that holds no image tower or no language model, see `lavis_blip2.bring_in_`.
 
     Errors are those of `recognise.find_layout` and `layout.model_from_`.
@@ -68,9 +71,29 @@ def from_another_layout_(
     tower = getattr(model.config, "vision", model.config)
     transform, notes = image_transform(layout.images, tower.image_size, processor)
     report.notes += notes
-    words = tokenizer or _tokenizer(model, place, report)
+    words, lm_place = None, place
+    if reads_text(model.config):
+        words = _tokenizer(model, place, report) if tokenizer is None else Tokenizer.load(tokenizer)
+    elif tokenizer is not None:
+        lm_place = Path(tokenizer)
+    lm_words = lm_tokenizer(model, lm_place)
+    if lm_words is not None:
+        _check_added_words(lm_words, model.lm, str(lm_place))
     info = {"converted_from": report.layout, **layout.info}
-    return Pretrained(model, words, transform, info, report, lm_tokenizer=lm_tokenizer(model, place))
+    return Pretrained(model, words, transform, info, report, lm_tokenizer=lm_words)
+
+
+def reads_text(config: Any) -> bool:
+    """Whether a model reads texts with a part of its own; a bare tower, BLIP-2's stage 2 and BLIP-3 do not."""
+    return bool(getattr(config, "qformer_text", getattr(config, "text", None) is not None))
+
+
+def _check_added_words(words: LmTokenizer, lm: LanguageModel, where: str) -> None:
+    """xGen-MM's <image> and its like: where the tokenizer knows them, it is by the ids that the model has rows for."""
+    for number, name in enumerate(AddedTokens.NAMES[: lm.config.added_tokens]):
+        got, wanted = words.id_of(name), lm.first_added_id + number
+        if got not in (None, wanted):
+            raise UserError(f"{where}: the tokenizer's {name} is {got}, the model's {wanted}: no match")
 
 
 def _tokenizer(model: Any, place: Path, report: LoadReport) -> Tokenizer | None:
@@ -80,8 +103,6 @@ def _tokenizer(model: Any, place: Path, report: LoadReport) -> Tokenizer | None:
         own = place / "qformer_tokenizer"
     if any((own / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         return Tokenizer.load(own)
-    if not getattr(model.config, "qformer_text", hasattr(model.config, "text")):
-        return None
     text = getattr(model.config, "text", None) or getattr(model.config, "qformer", None)
     missing = f"no tokenizer in this {'folder' if place.is_dir() else 'file'}"
     if getattr(text, "dec_token_id", None) != _BERT_WORDS:

@@ -4,12 +4,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from openblip.config import UserError
-from openblip.convert import huggingface, lavis, lavis_blip2
+from openblip.convert import huggingface, lavis, lavis_blip2, towers, xgenmm
 from openblip.convert.layout import Layout, Tensors, model_from_
 from openblip.convert.weights import LoadReport
 
 # The first that fits is taken: what has more marks stands before what has fewer of the same.
-LAYOUTS: tuple[Layout, ...] = (*huggingface.LAYOUTS, *lavis.LAYOUTS, *lavis_blip2.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *huggingface.LAYOUTS,
+    *lavis.LAYOUTS,
+    *lavis_blip2.LAYOUTS,
+    *towers.LAYOUTS,
+    *xgenmm.LAYOUTS,
+)
 
 _SHOWN = 8  # parts of an unknown checkpoint in the message
 

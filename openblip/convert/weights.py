@@ -17,7 +17,7 @@ from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
 from openblip.models.lm import LanguageModel
-from openblip.models.vit import VisionConfig, build_vision, resize_position_embedding
+from openblip.models.vit import VisionConfig, build_vision, position_grid, resize_position_embedding
 
 # What can be saved and loaded: the name in config.json, the configuration, the model it describes.
 SYSTEMS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
@@ -166,17 +166,21 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 def resize_positions_(
     tensors: MutableMapping[str, Tensor], wanted: Mapping[str, Tensor], *, align_corners: bool = False
 ) -> dict[str, str]:
-    """Resize tables of position embeddings [1, 1 + n², D] to the grid the model wants: {name: "sizes"}.
+    """Resize tables of position embeddings to the grid the model wants: {name: "sizes"}.
 
-    Only between square grids, which is what `VisionTransformer` is configured with; bicubic (BLIP §4.1).
+    Only between square grids, which is what `VisionTransformer` is configured with; bicubic (BLIP §4.1). A table that
+    cannot be resized stays as it is, of a shape that `fill_` refuses.
     """
     resized = {}
     for name, value in tensors.items():
         shape = wanted[name].shape if name in wanted else value.shape
         if not name.endswith("position_embedding") or value.shape == shape or value.shape[2:] != shape[2:]:
             continue
-        old, new = (round((size - 1) ** 0.5) for size in (value.shape[1], shape[1]))
-        if (old * old, new * new) == (value.shape[1] - 1, shape[1] - 1):
+        try:
+            (first, old), (new_first, new) = position_grid(value), position_grid(wanted[name])
+        except ValueError:
+            continue
+        if first == new_first:
             tensors[name] = resize_position_embedding(value, (new, new), align_corners=align_corners)
             resized[name] = f"{old} x {old} -> {new} x {new} patches, bicubic"
     return resized

@@ -111,6 +111,10 @@ class LmTokenizer:
         """Write what `load` reads."""
         self._tokenizer.save_pretrained(str(folder))
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as it is written; None if there is no such token."""
+        return self._backend.token_to_id(token)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether a prompt may be a chat."""
@@ -273,7 +277,7 @@ class LmTokenizer:
 
     def _end_id(self) -> int:
         if self.quirks.end is not None:
-            known = self._backend.token_to_id(self.quirks.end)
+            known = self.id_of(self.quirks.end)
             ids = self.encode(self.quirks.end) if known is None else [known]
             if len(ids) != 1:
                 raise UserError(
@@ -285,7 +289,7 @@ class LmTokenizer:
         return self._tokenizer.eos_token_id
 
     def _id(self, token: str) -> int:
-        found = self._backend.token_to_id(token)
+        found = self.id_of(token)
         if found is None:
             raise UserError(f"the tokenizer lacks the token {token}, with which a text begins here")
         return found

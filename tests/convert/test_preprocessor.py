@@ -133,7 +133,8 @@ def test_transparency_shows_white():
 
 
 def test_what_a_file_leaves_out_is_what_its_class_assumes():
-    for kind, peer in {"clip": CLIPImageProcessorPil, "blip": BlipImageProcessorPil, "vit": ViTImageProcessorPil}.items():  # fmt: skip
+    classes = {"clip": CLIPImageProcessorPil, "blip": BlipImageProcessorPil, "vit": ViTImageProcessorPil}
+    for kind, peer in classes.items():
         full = image_transform(kind, 1, json.loads(peer().to_json_string()))[0]
         assert image_transform(kind, 1, {})[0] == full
     bit = image_transform("dinov2", 1, {"image_processor_type": "BitImageProcessor"})[0]
