@@ -1,7 +1,8 @@
 """`openblip convert`: official checkpoints into folders of ours or of transformers."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -68,7 +69,7 @@ def _half(found: "Pretrained", half: str) -> "Pretrained":
 
     from openblip.models import blip, blip2, blip2_llm
 
-    halves = {
+    halves: dict[tuple[type, str], Callable[[Any], Any]] = {
         (blip.Blip, "caption"): blip.without_encoder,
         (blip.Blip, "retrieval"): blip.without_decoder,
         (blip2.Blip2, "retrieval"): blip2.without_decoder,
