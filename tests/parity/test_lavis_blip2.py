@@ -25,7 +25,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from openblip import api
+from openblip import api, cli
 from openblip.config import UserError
 from openblip.convert.lavis_towers import LAYOUTS as TOWER_LAYOUTS
 from openblip.convert.weights import WeightsError
@@ -561,6 +561,20 @@ def test_it_is_saved_with_its_language_model_named_and_goes_to_transformers(file
         wanted = theirs.state_dict()[name]
         assert torch.equal(wanted[:rows] if wanted.shape != value.shape else wanted, value), name
     it.peer.double()
+
+
+def test_the_command_converts_a_file_with_its_parts(files, tmp_path, capsys):
+    it = files("opt")
+    parts = ["--vision", str(it.vision), "--lm", str(it.lm), "--dtype", "fp32", "--json"]
+    order = ["convert", str(it.file), str(tmp_path / "out"), "--to", "transformers", *parts]
+    with pytest.raises(SystemExit):
+        cli.main(order)
+    assert "approximate" in capsys.readouterr().err
+    cli.main([*order, "--approximate"])
+    told = json.loads(capsys.readouterr().out)["report"]
+    assert any("epsilon of the tower" in note for note in told["notes"])
+    assert any("has 1 row(s) more" in note or "have 1 row(s) more" in note for note in told["notes"])
+    assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").config.image_token_id == 261
 
 
 # ------------------------------------------------------------------------------------------------- mistakes
