@@ -85,7 +85,7 @@ def from_another_layout_(
 
 def reads_text(config: Any) -> bool:
     """Whether a model reads texts with a part of its own; a bare tower, BLIP-2's stage 2 and BLIP-3 do not."""
-    return bool(getattr(config, "qformer_text", getattr(config, "text", None) is not None))
+    return config.text is not None
 
 
 def _check_added_words(words: LmTokenizer, lm: LanguageModel, where: str) -> None:

@@ -41,7 +41,7 @@ def find_layout(config: Mapping[str, Any], names: Collection[str], where: str) -
     told += ", ".join(parts[:_SHOWN]) + more
     if fitting and not config:
         raise UserError(f"{told} lacks the config.json of its {fitting[0].origin} {fitting[0].name}")
-    known = ", ".join(f"{layout.origin} {layout.name}" for layout in LAYOUTS)
+    known = ", ".join(dict.fromkeys(f"{layout.origin} {layout.name}" for layout in LAYOUTS))
     raise UserError(f"{told} is not known; known are {known}, and folders of our own")
 
 

@@ -81,40 +81,52 @@ def timm_config(tensors: Mapping[str, Tensor]) -> VisionConfig:
     )
 
 
-def _transformers(name: str, model_type: str, marks: tuple[str, ...], **more: Any) -> Layout:
-    return Layout(
-        origin="transformers", name=name, model_type=model_type, marks=marks, images=model_type, **more
-    )
+def _transformers(
+    name: str, model_type: str, marks: tuple[str, ...], wrapper: str, **more: Any
+) -> list[Layout]:
+    """A class of transformers, by itself and as a part called `wrapper` of another with that model_type."""
+    return [
+        Layout(
+            origin="transformers", name=name, model_type=model_type, images=model_type,
+            marks=tuple(f"{prefix}{mark}" for mark in marks), **more,
+        )
+        for prefix in ("", wrapper)
+    ]  # fmt: skip
 
 
-LAYOUTS = (
-    _transformers(
-        "SiglipVisionModel", "siglip_vision_model", (),
-        names=tables.siglip_names(""), config=lambda config, tensors: configs.siglip(config),
-        prepare_=_without_prefix_("vision_model."), ignored=COUNTED | {r"head\..*": _POOLING},
+_SIGLIP: dict[str, Any] = {
+    "marks": ("embeddings.patch_embedding", "post_layernorm"),
+    "wrapper": "vision_model.",
+    "names": tables.siglip_names(""),
+    "config": lambda config, tensors: configs.siglip(config),
+    "prepare_": _without_prefix_("vision_model."),
+    "ignored": {
+        **COUNTED,
+        r"head\..*": _POOLING,
+        r"classifier\..*": _CLASSES,
+        r"text_model\..*|logit_(scale|bias)": "of SigLIP's texts; only its image tower is read",
+    },
+}
+_VIT: dict[str, Any] = {
+    "marks": ("embeddings.cls_token", "embeddings.patch_embeddings", "layernorm"),
+    "names": tables.VIT,
+    "config": lambda config, tensors: configs.vit(config),
+}
+LAYOUTS: tuple[Layout, ...] = (
+    *_transformers("SiglipVisionModel", "siglip_vision_model", **_SIGLIP),
+    *_transformers("SiglipModel", "siglip", **_SIGLIP),
+    *_transformers(
+        "ViTModel", "vit", wrapper="vit.", prepare_=_without_prefix_("vit."),
+        ignored={r"pooler\..*": _POOLING, r"classifier\..*": _CLASSES}, **_VIT,
     ),
-    _transformers(
-        "SiglipModel", "siglip", ("vision_model",),
-        names=tables.siglip_names(""), config=lambda config, tensors: configs.siglip(config),
-        prepare_=_without_prefix_("vision_model."),
-        ignored=COUNTED | {
-            r"head\..*": _POOLING, r"classifier\..*": _CLASSES,
-            r"text_model\..*|logit_(scale|bias)": "of SigLIP's texts; only its image tower is read",
-        },
-    ),
-    _transformers(
-        "ViTModel", "vit", (),
-        names=tables.VIT, config=lambda config, tensors: configs.vit(config),
-        prepare_=_without_prefix_("vit."), ignored={r"pooler\..*": _POOLING, r"classifier\..*": _CLASSES},
-    ),
-    _transformers(
-        "DeiTModel", "deit", (),
-        names=tables.VIT, config=lambda config, tensors: configs.vit(config), prepare_=_drop_distillation_,
+    *_transformers(
+        "DeiTModel", "deit", wrapper="deit.", prepare_=_drop_distillation_,
         ignored={
             r"pooler\..*": _POOLING, r"(cls_|distillation_)?classifier\..*": _CLASSES,
             r"embeddings\.distillation_token": "a second summary token, with which a teacher's answers were learnt",
         },
         notes=("without its distillation token the tower gives other tokens than DeiT: something to begin with",),
+        **_VIT,
     ),
     Layout(
         origin="timm", name="VisionTransformer",

@@ -48,6 +48,11 @@ class VisionConfig:
     class_token: bool = True
     backbone: dict[str, Any] | None = None
 
+    @property
+    def text(self) -> None:
+        """Nothing reads text in a tower: there is no tokenizer to agree with."""
+        return None
+
     def __post_init__(self) -> None:
         if self.backbone is None and self.class_token and self.image_size % self.patch_size:
             raise ConfigError(
@@ -138,7 +143,19 @@ class VisionBlock(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
-class VisionTransformer(nn.Module):
+class ImageTower(nn.Module):
+    """What a tower by itself is used for, under the names that systems have for it."""
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, S, S] -> image_embeds [B, N, D]."""
+        return self(pixel_values)
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """image_embeds [B, N, D] -> [B, D]: token 0, L2-normalised."""
+        return F.normalize(image_embeds[:, 0], dim=-1)
+
+
+class VisionTransformer(ImageTower):
     """ViT (Dosovitskiy et al. 2021) with learned positions, and a class token or the mean in its place."""
 
     class_embedding: Any  # nn.Parameter, or None
@@ -194,7 +211,7 @@ class VisionTransformer(nn.Module):
         return x if has_class else torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
 
 
-class HuggingFaceVision(nn.Module):
+class HuggingFaceVision(ImageTower):
     """Any vision backbone of transformers, used as it is: tokens [B, N, D] with a summary token first."""
 
     def __init__(self, config: VisionConfig) -> None:

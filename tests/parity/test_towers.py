@@ -1,13 +1,17 @@
 """Image towers by themselves: ours give what transformers' SigLIP, ViT and DeiT give, from their folders and files."""
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import DeiTConfig, SiglipConfig, SiglipVisionConfig, SiglipVisionModel, ViTConfig
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacher, DeiTModel
 from transformers.models.siglip.modeling_siglip import SiglipModel
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel
 
+import openblip
 from openblip.config import UserError
 from openblip.convert.recognise import from_checkpoint_
 from openblip.convert.weights import WeightsError
@@ -69,6 +73,10 @@ def side(peer) -> int:
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_tokens_are_those_of_transformers(kind, tmp_path):
+    words = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([("a", 0.0)], 0)
+    )  # SigLIP's, which is none of ours
+    words.save(str(tmp_path / "tokenizer.json"))
     peer = PEERS[kind]()
     images = pixels(2, 3, side(peer), side(peer))
     first, second = tower(peer)(images).last_hidden_state
@@ -81,6 +89,23 @@ def test_tokens_are_those_of_transformers(kind, tmp_path):
         own
     )
     assert loaded.tokenizer is None and not loaded.report.fresh
+
+
+@torch.no_grad()
+def test_a_tower_by_itself_embeds_pictures(tmp_path):
+    peer = PEERS["ViTModel"]().float()
+    peer.save_pretrained(tmp_path)
+    pipeline = openblip.load(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
+    images = [Image.fromarray(array) for array in noise]
+    states = peer(torch.stack([pipeline.transform(image) for image in images])).last_hidden_state
+    wanted = torch.nn.functional.normalize(states[:, 0], dim=-1)
+    found = pipeline.embed_images(images)
+    assert np.abs(found - wanted.numpy()).max() < 1e-5 and np.abs(found[0] - found[1]).max() > 1e-3
+    assert pipeline.embed_images([]).shape == (0, 24)
+    for refused in (lambda: pipeline.embed_texts("a"), lambda: pipeline.caption(images[0])):
+        with pytest.raises(UserError, match="this VisionTransformer model has no part for it"):
+            refused()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
 """A released xGen-MM checkpoint, read as Blip3, gives what its parts give when they are put together slowly."""
 
+import json
+
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import Phi3ForCausalLM
 
+import openblip
 from openblip.config import UserError
 from openblip.convert.recognise import from_checkpoint_
 from openblip.convert.weights import WeightsError
+from openblip.hub import load_pretrained
 from openblip.models.blip3 import Blip3
+from tests.convert.test_preprocessor import photo, released_tiles
+from tests.data.test_chat import XGENMM_SYSTEM, bytes_tokenizer
 from tests.parity.peers import TOLERANCE, other_activation, other_eps, pixels, swapped_q_and_k, without
 from tests.parity.peers_xgenmm import LATENTS, PATCH, SIDE, Released, logits, released, resample
 
@@ -260,3 +267,84 @@ def test_what_is_no_xgenmm_is_refused(peer):
         read(peer, CONFIG | {"text_config": {"initial_tokenizer_len": 50, "num_attention_heads": 5}})
     with pytest.raises(UserError, match=r"model_type 'llama'; v1\.5 has phi3"):
         read(peer, CONFIG | {"text_config": {"model_type": "llama"}})
+
+
+# ------------------------------------------------------------------------------------------- a folder of the hub
+
+WORDS = 266  # of the tokenizer, <pad> among them: what is behind is added
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights in several files, a tokenizer that knows the added words, an image processor: and what they are of."""
+    place = tmp_path_factory.mktemp("xgenmm")
+    peer = released(hidden=16, heads=4, rows=WORDS + 14, first=WORDS)
+    tensors = {f"vlm.{name}": value.float().contiguous() for name, value in peer.checkpoint().items()}
+    save_torch_state_dict(tensors, place, max_shard_size="40KB")
+    text = CONFIG["text_config"] | {"initial_tokenizer_len": WORDS}
+    (place / "config.json").write_text(json.dumps(CONFIG | {"text_config": text}))
+    processor = {
+        "image_processor_type": "Blip3ImageProcessor", "size": [32, 32], "resize_mode": "squash",
+        "interpolation_mode": "bicubic", "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    (place / "preprocessor_config.json").write_text(json.dumps(processor))
+    words = bytes_tokenizer(None)._tokenizer
+    words.add_special_tokens(
+        {"additional_special_tokens": ["<image>", "<image placeholder>", "<|endofchunk|>"]}
+    )
+    words.save_pretrained(place)
+    return place, peer, words
+
+
+def test_a_folder_of_the_hub_answers_as_its_parts_do(folder):
+    """From the picture and the question to the words: the released prompt, the tiles, greedy decoding."""
+    place, peer, words = folder
+    assert len(list(place.glob("model-*.safetensors"))) > 1
+    pipeline = openblip.load(place)
+    image = photo(90, 61)
+    said = []
+    answer = pipeline.chat("<image>\nWhat?", [image], max_new_tokens=6)
+
+    def ids(text: str) -> list[int]:
+        return words(text, add_special_tokens=False)["input_ids"]
+
+    prompt = [*ids(f"{XGENMM_SYSTEM}<|user|>\n"), WORDS, *ids("\nWhat?<|end|>\n<|assistant|>\n")]
+    tiles = released_tiles(image, 32, 0.5, 0.5).double()
+    columns, rows = {3: (2, 1), 5: (2, 2)}[len(tiles)]
+    for _ in range(6):
+        scores = logits(peer, [(tiles, (columns, rows, *image.size))], [*prompt, *said])[-1]
+        scores[WORDS : WORDS + 2] = -torch.inf  # pictures are no words
+        said.append(int(scores.argmax()))
+    ends = {2, WORDS + 2, ids("<|end|>")[0]}
+    stop = next((i for i, word in enumerate(said) if word in ends), len(said))
+    assert answer == words.decode(said[:stop], skip_special_tokens=True).strip() and stop
+
+
+def test_a_tokenizer_with_other_ids_is_refused(folder, tmp_path):
+    place, *_ = folder
+    words = bytes_tokenizer(None)._tokenizer
+    words.add_special_tokens({"additional_special_tokens": ["<|other|>", "<image>"]})
+    words.save_pretrained(tmp_path)
+    assert load_pretrained(place, tokenizer=place).lm_tokenizer.id_of("<image>") == WORDS
+    with pytest.raises(UserError, match="the tokenizer's <image> is 267, the model's 266: no match"):
+        load_pretrained(place, tokenizer=tmp_path)
+
+
+def test_a_training_checkpoint_takes_its_tokenizer_from_a_folder(tmp_path):
+    small = released(hidden=64, heads=32, rows=32064, first=32012)
+    torch.save({"epoch": 0, "model_state_dict": small.checkpoint()}, tmp_path / "checkpoint_0.pt")
+    assert load_pretrained(tmp_path / "checkpoint_0.pt").lm_tokenizer is None
+    loaded = load_pretrained(tmp_path / "checkpoint_0.pt", tokenizer=tmp_words(tmp_path, 32012))
+    assert loaded.lm_tokenizer.id_of("<image>") == loaded.model.image_token_id == 32012
+
+
+def tmp_words(folder, count: int):
+    """A tokenizer of so many words, <pad> the last, and the three that are added behind it, as released."""
+    words = bytes_tokenizer(None)._tokenizer
+    words.add_tokens([f"w{number}" for number in range(len(words), count - 1)])
+    words.add_special_tokens({"pad_token": "<padding>"})
+    words.add_special_tokens(
+        {"additional_special_tokens": ["<image>", "<image placeholder>", "<|endofchunk|>"]}
+    )
+    words.save_pretrained(folder / "words")
+    return folder / "words"

@@ -24,8 +24,16 @@ from openblip.models.blip import Blip, BlipConfig
 from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
-from openblip.models.vit import HuggingFaceVision, VisionConfig, VisionTransformer
+from openblip.models.vit import (
+    HuggingFaceVision,
+    VisionConfig,
+    VisionTransformer,
+    clip_vit_l,
+    eva_vit_g,
+    resize_position_embedding,
+)
 from openblip.recipes import Recipe
+from openblip.recipes.blip2 import blip2_stage1
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
 from openblip.train.initialise import load_text_, load_tower_
@@ -173,6 +181,83 @@ def test_a_model_of_ours_gives_its_tower(tmp_path):
         load_tower_(vision, str(tmp_path / name))
         wanted = getattr(model, "vision", model).state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in vision.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------- towers of BLIP-2
+
+
+def eva_file(path, blocks: int = 3, side: int = 2) -> dict[str, torch.Tensor]:
+    """An EVA-CLIP of one head of 88 channels, of which all blocks but the last are used."""
+    torch.manual_seed(2)
+    width = 88
+    tensors = {
+        "cls_token": torch.randn(1, 1, width),
+        "pos_embed": torch.randn(1, 1 + side * side, width),
+        "patch_embed.proj.weight": torch.randn(width, 3, 8, 8),
+        "patch_embed.proj.bias": torch.randn(width),
+    }
+    shapes = {"norm1": (width,), "norm2": (width,), "attn.proj": (width, width), "mlp.fc1": (20, width)}
+    shapes |= {"mlp.fc2": (width, 20)}
+    for number in range(blocks):
+        for name, shape in shapes.items():
+            tensors[f"blocks.{number}.{name}.weight"] = torch.randn(shape)
+            tensors[f"blocks.{number}.{name}.bias"] = torch.randn(shape[0])
+        tensors[f"blocks.{number}.attn.qkv.weight"] = torch.randn(3 * width, width)
+        tensors |= {f"blocks.{number}.attn.{one}_bias": torch.randn(width) for one in "qv"}
+    torch.save(tensors, path)
+    return tensors
+
+
+def eva(**changes) -> VisionTransformer:
+    settings = {"hidden_size": 88, "num_attention_heads": 1, "num_hidden_layers": 2, "intermediate_size": 20}
+    return VisionTransformer(
+        VisionConfig(**{"image_size": 16, "patch_size": 8, "final_norm": False, **settings, **changes})
+    )
+
+
+def test_a_file_of_eva_is_known_by_its_keys(tmp_path):
+    tensors = eva_file(tmp_path / "any.name")
+    vision = eva(drop_path_rate=0.1)
+    load_tower_(vision, str(tmp_path / "any.name"))
+    assert torch.equal(vision.blocks[1].mlp.fc1.weight, tensors["blocks.1.mlp.fc1.weight"])
+    bias = vision.blocks[0].attention.qkv.bias
+    assert torch.equal(bias[:88], tensors["blocks.0.attn.q_bias"]) and not bias[88:176].any()
+    larger = eva(image_size=32)
+    load_tower_(larger, str(tmp_path / "any.name"))
+    wanted = resize_position_embedding(tensors["pos_embed"], (4, 4))
+    assert torch.equal(larger.position_embedding, wanted)
+
+
+def test_a_file_of_another_geometry_is_refused(tmp_path):
+    eva_file(tmp_path / "eva.pth")
+    before = eva(num_hidden_layers=3)
+    state = {name: value.clone() for name, value in before.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"missing: blocks\.2\.attention"):
+        load_tower_(before, str(tmp_path / "eva.pth"))
+    assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
+    with pytest.raises(WeightsError, match=r"missing: norm\.bias, norm\.weight"):
+        load_tower_(eva(final_norm=True), str(tmp_path / "eva.pth"))
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="a file with tensors under weight is not known"):
+        load_tower_(eva(), str(tmp_path / "other.pth"))
+
+
+def test_a_recipe_begins_with_a_file_of_a_tower(tmp_path):
+    tensors = eva_file(tmp_path / "eva.pth")
+    qformer = QFormerConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
+    stage1 = Blip2Config(eva().config, qformer)
+    recipe = replace(blip2_stage1(), vision_init=str(tmp_path / "eva.pth"), blip2=stage1)
+    made = prepare(recipe, [])
+    assert torch.equal(made.model.vision.patch_embedding.weight, tensors["patch_embed.proj.weight"])
+    assert not made.model.vision.patch_embedding.weight.requires_grad
+    assert made.transform.image_size == 16 and made.frozen == {}, "and is saved with the model"
+
+
+def test_the_towers_of_the_paper_have_their_geometry():
+    with torch.device("meta"):
+        giant, large = VisionTransformer(eva_vit_g()), VisionTransformer(clip_vit_l())
+    count = [sum(value.numel() for value in tower.parameters()) for tower in (giant, large)]
+    assert [round(number / 1e6) for number in count] == [986, 291]
 
 
 # --------------------------------------------------------------------------------------------------------- texts
