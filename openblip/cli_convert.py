@@ -26,6 +26,7 @@ def convert(
     tokenizer: Path | None = None,
     vision: str | None = None,
     lm: str | None = None,
+    approximate: bool = False,
     json: bool = False,
 ) -> None:
     """Make a model folder of an official checkpoint, and say what became of every tensor.
@@ -40,6 +41,8 @@ def convert(
         tokenizer: a folder with the tokenizer, for weights that come without.
         vision: file of the image tower, for a BLIP-2 file that holds what was trained.
         lm: the language model (a folder or hub name), likewise.
+        approximate: allow what transformers cannot hold exactly, as its own conversion of BLIP-2 did; the report says
+            what that is.
         json: print the report as JSON.
     """
     import torch
@@ -53,7 +56,7 @@ def convert(
     if half is not None:
         found = _half(found, half)
     if to == "transformers":
-        found.report.notes += save_for_transformers(found, target)
+        found.report.notes += save_for_transformers(found, target, approximate=approximate)
     else:
         save_pretrained(
             found.model, target, tokenizer=found.tokenizer, transform=found.transform, info=found.info,

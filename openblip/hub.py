@@ -1,4 +1,4 @@
-"""Models in folders: ours, transformers', and by name from the Hugging Face hub.
+"""Models in folders: ours, transformers', and by name from the Hugging Face hub; and files of original weights.
 
     config.json          model_type, our version, the model's configuration, image transform, facts about it,
                          and the frozen parts that are named instead of held (see `convert.frozen`)
@@ -7,7 +7,7 @@
     lm_tokenizer/        that of a language model whose weights are here
     README.md            the model card
 
-What a folder holds is recognised from config.json and the names of the tensors. Weights fit completely or are
+What a folder or file holds is recognised from config.json and the names of the tensors. Weights fit completely or are
 refused, with the names of those that do not; `Pretrained.report` says what became of each.
 """
 

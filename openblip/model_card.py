@@ -41,7 +41,7 @@ _INPUTS = (
 )
 _SAID = "print(processor.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))"
 _THEIR_EXAMPLES = {  # by the class of transformers
-    "BlipForConditionalGeneration": _INPUTS.format(text="") + _SAID,
+    "BlipForConditionalGeneration": _INPUTS.format(text="{prompt}") + _SAID,
     "BlipForQuestionAnswering": _INPUTS.format(text="what is the dog doing?") + _SAID,
     "BlipForImageTextRetrieval": _INPUTS.format(text="a dog on a beach")
     + """\
@@ -103,7 +103,9 @@ def model_card(
     licence, commands = info.pop("licence", None), info.pop("commands", [])
     code = _OURS.format(example=example)
     if transformers is not None:
-        code = _THEIRS.format(cls=transformers, example=_THEIR_EXAMPLES.get(transformers, ""))
+        begun = str(info.get("prompt", "")).strip()
+        shown = _THEIR_EXAMPLES.get(transformers, "").replace("{prompt}", begun)
+        code = _THEIRS.format(cls=transformers, example=shown)
     text = _CARD.format(
         kind=kind,
         name=name,

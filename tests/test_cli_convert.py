@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from openblip import cli
+from openblip.api import load
 from openblip.hub import load_pretrained
 from tests.convert.official_blip import Official, save
 
@@ -112,6 +114,14 @@ def test_transformers_loads_what_was_converted(said, tmp_path):
         3899,
         102,
     ]
+
+
+def test_a_file_and_its_folder_say_the_same(said, tmp_path):
+    file = official("caption", tmp_path, words=30524)
+    said("convert", file, tmp_path / "ours")
+    picture = Image.effect_noise((40, 30), 80).convert("RGB")
+    captions = [load(place).caption(picture, max_new_tokens=4) for place in (file, tmp_path / "ours")]
+    assert captions[0] == captions[1] and captions[0]
 
 
 def test_options(said, tmp_path):

@@ -28,7 +28,7 @@ from openblip.config import UserError
 from openblip.convert.huggingface_names import bert_names
 from openblip.convert.lavis_towers import CLIP_L, EVA, TOWERS, Tower, read_tower
 from openblip.convert.lavis_towers import LAYOUTS as ALONE
-from openblip.convert.layout import COUNTED, Layout, Names, Tensors, their_names, under
+from openblip.convert.layout import COUNTED, Layout, Names, Tensors, shape_of, their_names, under
 from openblip.convert.lm import lm_folder, load_lm
 from openblip.data.prompts import LmTokenizer
 from openblip.models.blip2 import Blip2Config
@@ -39,6 +39,7 @@ from openblip.models.qformer import QFormerConfig
 _TOWER = "visual_encoder."
 _LAYER = "Qformer.bert.encoder.layer."
 _WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
+_POSITIONS = "Qformer.bert.embeddings.position_embeddings.weight"
 _NOT_READ = "of texts, which the Q-Former of stage 2 does not read"
 _NOT_WRITTEN = "of texts that a Q-Former writes, which it does in stage 1 alone"
 _CHANNELS = 64  # of a head
@@ -62,12 +63,6 @@ _HEADS: Names = {
 _TIED = (
     (_WORDS, "Qformer.cls.predictions.decoder.weight"),
     ("Qformer.cls.predictions.bias", "Qformer.cls.predictions.decoder.bias"),
-)
-_BRIDGE = (  # what the geometry is read from
-    "query_tokens",
-    "ln_vision",
-    f"{_LAYER}0.intermediate_query.dense.weight",
-    f"{_LAYER}0.crossattention.self.key.weight",
 )
 
 
@@ -172,22 +167,21 @@ def _language_model(
 
 def _qformer(tensors: Mapping[str, Tensor], *, text: bool) -> QFormerConfig:
     """The geometry of a Q-Former, from its shapes."""
-    queries = tensors["query_tokens"]
+    _, queries, width = shape_of(tensors, "query_tokens")
     layers = [re.match(rf"{re.escape(_LAYER)}(\d+)\.(crossattention)?", name) for name in tensors]
     depth = len({found[1] for found in layers if found})
     looking = sorted({int(found[1]) for found in layers if found and found[2]})
     settings: dict[str, Any] = {}
     if text:
-        words, positions = tensors[_WORDS], tensors["Qformer.bert.embeddings.position_embeddings.weight"]
-        # [DEC] came behind BERT's words, and is the last.
-        settings = {"vocab_size": len(words), "dec_token_id": len(words) - 1}
-        settings["max_position_embeddings"] = len(positions)
+        words = shape_of(tensors, _WORDS)[0]  # [DEC] came behind BERT's, and is the last
+        settings = {"vocab_size": words, "dec_token_id": words - 1}
+        settings["max_position_embeddings"] = shape_of(tensors, _POSITIONS)[0]
     return QFormerConfig(
-        hidden_size=queries.shape[2],
+        hidden_size=width,
         num_hidden_layers=depth,
-        num_attention_heads=max(queries.shape[2] // _CHANNELS, 1),
-        intermediate_size=len(tensors[f"{_LAYER}0.intermediate_query.dense.weight"]),
-        num_query_tokens=queries.shape[1],
+        num_attention_heads=max(width // _CHANNELS, 1),
+        intermediate_size=shape_of(tensors, f"{_LAYER}0.intermediate_query.dense.weight")[0],
+        num_query_tokens=queries,
         cross_attention_frequency=looking[1] - looking[0] if len(looking) > 1 else depth,
         text=text,
         **settings,
@@ -198,7 +192,7 @@ def _blip2(tower: Tower, tensors: Mapping[str, Tensor], *, text: bool, heads: bo
     return Blip2Config(
         tower.config(tensors, _TOWER, tower.count(tensors, _TOWER)),
         _qformer(tensors, text=text),
-        projection_dim=len(tensors["vision_proj.weight"]) if heads else 256,
+        projection_dim=shape_of(tensors, "vision_proj.weight")[0] if heads else 256,
         ln_vision_eps=1e-5,
         encoder=heads,
         decoder=heads,
@@ -208,19 +202,18 @@ def _blip2(tower: Tower, tensors: Mapping[str, Tensor], *, text: bool, heads: bo
 def _layout(
     tower: Tower, name: str, marks: tuple[str, ...], names: Names, config: Any, **more: Any
 ) -> Layout:
-    inside = tuple(f"{_TOWER}{mark}" for mark in tower.marks)
     return Layout(
-        origin="LAVIS", name=f"{name} ({tower.name})", marks=(*marks, *_BRIDGE, *inside), names=names, config=config,
-        images="blip-2", align_corners=tower.align_corners,
+        origin="LAVIS", name=f"{name} ({tower.name})", names=names, config=config, images="blip-2",
+        marks=(*marks, "query_tokens", "Qformer.bert", f"{_TOWER}{tower.blocks}"),
+        align_corners=tower.align_corners,
         prepare_=lambda tensors: tower.join_biases_(tensors, _TOWER, tower.count(tensors, _TOWER)), **more,
     )  # fmt: skip
 
 
 def _stage1(tower: Tower) -> Layout:
     names = under("vision", tower.names(_TOWER)) | under("qformer", _QFORMER) | {"ln_vision": "ln_vision"}
-    text = (_WORDS, "Qformer.bert.embeddings.position_embeddings.weight", "vision_proj.weight")
     return _layout(
-        tower, "BLIP-2 stage 1", text, names | _HEADS,
+        tower, "BLIP-2 stage 1", ("itm_head", "Qformer.cls"), names | _HEADS,
         lambda config, tensors: _blip2(tower, tensors, text=True, heads=True),
         tied=_TIED,
     )  # fmt: skip
@@ -232,7 +225,7 @@ def _stage2(tower: Tower, projection: str, *, text: bool) -> Layout:
     marks: tuple[str, ...] = (f"{projection}.weight",)
     ignored = COUNTED | {r"Qformer\.cls\..*": _NOT_WRITTEN}
     if text:
-        marks += (_WORDS, "Qformer.bert.embeddings.position_embeddings.weight", f"{_LAYER}0.intermediate")
+        marks += (_WORDS, f"{_LAYER}0.intermediate")
     else:
         unread = (
             r"embeddings\.(word|position)_embeddings\.weight|encoder\.layer\.\d+\.(intermediate|output)\..*"

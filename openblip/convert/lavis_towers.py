@@ -19,8 +19,9 @@ from torch import Tensor
 
 from openblip.config import UserError
 from openblip.convert.files import read_weights
-from openblip.convert.layout import Layout, Names, Tensors, model_from_
-from openblip.convert.weights import LoadReport
+from openblip.convert.layout import Layout, Names, Tensors, model_from_, shape_of
+from openblip.convert.towers import timm_names
+from openblip.convert.weights import LoadReport, WeightsError
 from openblip.models.vit import VisionConfig, VisionTransformer
 
 _USED = {1408: 39, 1024: 23}  # blocks, by width; of a tower we do not know, all but the last
@@ -29,18 +30,7 @@ _POOLED = "of the one vector that CLIP makes of an image; BLIP-2 looks at all to
 
 
 def _eva_names(prefix: str) -> Names:
-    block = f"{prefix}blocks.{{}}."
-    return {
-        "class_embedding": f"{prefix}cls_token",
-        "position_embedding": f"{prefix}pos_embed",
-        "patch_embedding": f"{prefix}patch_embed.proj",
-        "blocks.{}.norm1": f"{block}norm1",
-        "blocks.{}.attention.qkv": f"{block}attn.qkv",
-        "blocks.{}.attention.out": f"{block}attn.proj",
-        "blocks.{}.norm2": f"{block}norm2",
-        "blocks.{}.mlp.fc1": f"{block}mlp.fc1",
-        "blocks.{}.mlp.fc2": f"{block}mlp.fc2",
-    }
+    return {name: theirs for name, theirs in timm_names(prefix).items() if name != "norm"}
 
 
 def _clip_names(prefix: str) -> Names:
@@ -61,27 +51,27 @@ def _clip_names(prefix: str) -> Names:
 
 
 def _eva_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> VisionConfig:
-    patches = tensors[f"{prefix}patch_embed.proj.weight"]
+    width, _, patch, _ = shape_of(tensors, f"{prefix}patch_embed.proj.weight")
     return VisionConfig(
-        image_size=_image_size(tensors[f"{prefix}pos_embed"], patches),
-        patch_size=patches.shape[-1],
-        hidden_size=patches.shape[0],
+        image_size=_grid(tensors, f"{prefix}pos_embed") * patch,
+        patch_size=patch,
+        hidden_size=width,
         num_hidden_layers=blocks,
-        num_attention_heads=max(patches.shape[0] // 88, 1),
-        intermediate_size=tensors[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0],
+        num_attention_heads=max(width // 88, 1),
+        intermediate_size=shape_of(tensors, f"{prefix}blocks.0.mlp.fc1.weight")[0],
         final_norm=False,
     )
 
 
 def _clip_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> VisionConfig:
-    patches = tensors[f"{prefix}conv1.weight"]
+    width, _, patch, _ = shape_of(tensors, f"{prefix}conv1.weight")
     return VisionConfig(
-        image_size=_image_size(tensors[f"{prefix}positional_embedding"], patches),
-        patch_size=patches.shape[-1],
-        hidden_size=patches.shape[0],
+        image_size=_grid(tensors, f"{prefix}positional_embedding") * patch,
+        patch_size=patch,
+        hidden_size=width,
         num_hidden_layers=blocks,
-        num_attention_heads=max(patches.shape[0] // 64, 1),
-        intermediate_size=tensors[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        num_attention_heads=max(width // 64, 1),
+        intermediate_size=shape_of(tensors, f"{prefix}transformer.resblocks.0.mlp.c_fc.weight")[0],
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
         patch_bias=False,
@@ -90,9 +80,13 @@ def _clip_config(tensors: Mapping[str, Tensor], prefix: str, blocks: int) -> Vis
     )
 
 
-def _image_size(positions: Tensor, patches: Tensor) -> int:
-    """positions [..., 1 + n², D], patches [D, 3, p, p] -> n p."""
-    return round((positions.shape[-2] - 1) ** 0.5) * patches.shape[-1]
+def _grid(tensors: Mapping[str, Tensor], name: str) -> int:
+    """How many patches a side a table of positions [..., 1 + n², D] has."""
+    patches = shape_of(tensors, name)[-2] - 1
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise WeightsError(f"{name} has {patches} patches, which is no square of them")
+    return side
 
 
 @dataclass(frozen=True)
@@ -101,58 +95,26 @@ class Tower:
 
     name: str
     file: str  # as LAVIS calls it
-    marks: tuple[str, ...]
-    blocks: str  # of all its blocks' names, and no other, the beginning
+    blocks: str  # the module they are in
+    width: str  # a tensor whose first axis is it
+    marks: tuple[str, ...]  # of a file with nothing else
+    ignored: Mapping[str, str]  # in it
     names: Callable[[str], Names]
     config: Callable[[Mapping[str, Tensor], str, int], VisionConfig]  # tensors, prefix, how many blocks
     align_corners: bool
 
     def count(self, tensors: Mapping[str, Tensor], prefix: str) -> int:
         """How many blocks there are."""
-        start = f"{prefix}{self.blocks}"
+        start = f"{prefix}{self.blocks}."
         return len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
 
     def join_biases_(self, tensors: Tensors, prefix: str, blocks: int) -> None:
         """EVA's q_bias, zeros, v_bias, as the bias of one projection."""
         for number in range(blocks):
-            start = f"{prefix}{self.blocks}{number}.attn."
+            start = f"{prefix}{self.blocks}.{number}.attn."
             if f"{start}q_bias" in tensors and f"{start}v_bias" in tensors:
                 query, value = (tensors.pop(f"{start}{name}_bias") for name in "qv")
                 tensors[f"{start}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
-
-
-EVA = Tower(
-    "EVA-CLIP ViT-g", "eva_vit_g.pth",
-    ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"),
-    "blocks.", _eva_names, _eva_config, align_corners=False,
-)  # fmt: skip
-CLIP_L = Tower(
-    "CLIP ViT-L", "clip_vit_L.pth",
-    (
-        "class_embedding", "positional_embedding", "conv1.weight", "transformer.resblocks.0.mlp.c_fc.weight",
-    ),
-    "transformer.resblocks.", _clip_names, _clip_config, align_corners=True,
-)  # fmt: skip
-TOWERS = (EVA, CLIP_L)
-
-
-def _used(tower: Tower, tensors: Mapping[str, Tensor], width: int) -> int:
-    blocks = tower.count(tensors, "")
-    return min(blocks, _USED.get(width, blocks - 1))
-
-
-def _alone(tower: Tower, width_of: str, mark: str, ignored: Mapping[str, str]) -> Layout:
-    """A file of nothing but the tower, which `mark` tells from others."""
-
-    def used(tensors: Mapping[str, Tensor]) -> int:
-        return _used(tower, tensors, tensors[width_of].shape[0])
-
-    return Layout(
-        origin="LAVIS", name=tower.name, marks=(mark, *tower.marks), names=tower.names(""), images="blip-2",
-        config=lambda config, tensors: tower.config(tensors, "", used(tensors)),
-        prepare_=lambda tensors: tower.join_biases_(tensors, "", used(tensors)),
-        ignored=ignored, align_corners=tower.align_corners,
-    )  # fmt: skip
 
 
 # Of a block that is used all of these are taken, so what fits a pattern in the end belongs to one that is not.
@@ -161,13 +123,37 @@ _CLIP_BLOCK = (
     r"transformer\.resblocks\.\d+\."
     r"((ln_[12]|attn\.out_proj|mlp\.c_(fc|proj))\.(weight|bias)|attn\.in_proj_(weight|bias))"
 )
-LAYOUTS = (
-    _alone(
-        EVA, "patch_embed.proj.weight", "blocks.0.attn.q_bias",
-        {_EVA_BLOCK: _LAST, r"(fc_)?norm\.(weight|bias)|head\.(weight|bias)|mask_token": _POOLED},
-    ),
-    _alone(CLIP_L, "conv1.weight", "ln_pre", {_CLIP_BLOCK: _LAST, r"ln_post\.(weight|bias)|proj": _POOLED}),
+EVA = Tower(
+    name="EVA-CLIP ViT-g", file="eva_vit_g.pth", blocks="blocks", width="patch_embed.proj.weight",
+    marks=("cls_token", "pos_embed", "blocks.0.attn.q_bias"),
+    ignored={_EVA_BLOCK: _LAST, r"(fc_)?norm\.(weight|bias)|head\.(weight|bias)|mask_token": _POOLED},
+    names=_eva_names, config=_eva_config, align_corners=False,
 )  # fmt: skip
+CLIP_L = Tower(
+    name="CLIP ViT-L", file="clip_vit_L.pth", blocks="transformer.resblocks", width="conv1.weight",
+    marks=("class_embedding", "conv1", "transformer.resblocks"),
+    ignored={_CLIP_BLOCK: _LAST, r"ln_post\.(weight|bias)|proj": _POOLED},
+    names=_clip_names, config=_clip_config, align_corners=True,
+)  # fmt: skip
+TOWERS = (EVA, CLIP_L)
+
+
+def _alone(tower: Tower) -> Layout:
+    """A file of nothing but the tower."""
+
+    def used(tensors: Mapping[str, Tensor]) -> int:
+        blocks = tower.count(tensors, "")
+        return min(blocks, _USED.get(shape_of(tensors, tower.width)[0], blocks - 1))
+
+    return Layout(
+        origin="LAVIS", name=tower.name, marks=tower.marks, names=tower.names(""), images="blip-2",
+        config=lambda config, tensors: tower.config(tensors, "", used(tensors)),
+        prepare_=lambda tensors: tower.join_biases_(tensors, "", used(tensors)),
+        ignored=tower.ignored, align_corners=tower.align_corners,
+    )  # fmt: skip
+
+
+LAYOUTS = tuple(_alone(tower) for tower in TOWERS)
 
 
 def read_tower(source: str | Path, dtype: torch.dtype | None) -> tuple[VisionTransformer, Tower, LoadReport]:
@@ -186,7 +172,7 @@ def read_tower(source: str | Path, dtype: torch.dtype | None) -> tuple[VisionTra
             n.removeprefix("visual."): value for n, value in tensors.items() if n.startswith("visual.")
         }
     for tower, layout in zip(TOWERS, LAYOUTS, strict=True):
-        if all(any(f"{name}.".startswith(f"{mark}.") for name in tensors) for mark in layout.marks):
+        if all(any(f"{name}.".startswith(f"{mark}.") for name in tensors) for mark in tower.marks):
             model, report = model_from_(layout, {}, tensors, str(place))
             report.ignored |= dict.fromkeys(texts, "of CLIP's texts")
             return model, tower, report

@@ -14,7 +14,7 @@ import torch
 from openblip.data.collate import Batch, PairDataset, Pictures, Sample, picture_tensors
 from openblip.data.prompts import LmTokenizer, split_for_prefix_lm
 from openblip.data.rows import BadRow
-from openblip.data.text import Tokenizer
+from openblip.data.text import Tokenizer, clean_caption
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class LmCollator:
             read = self.qformer(prompts, self.max_prompt, keep="end")
             return {**batch, "qformer_ids": read["input_ids"], "qformer_mask": read["attention_mask"]}
         captions = [sample["caption"] if "caption" in sample else sample["text"] for sample in samples]
-        read = self.qformer(captions, self.max_target)
+        read = self.qformer([clean_caption(text) for text in captions], self.max_target)
         image_ids = torch.tensor([sample["image_id"] for sample in samples])
         return {
             **batch,

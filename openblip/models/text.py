@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
-from openblip.models.layers import ACTIVATIONS, Attention, KeyValue, Mlp, init_weights
+from openblip.models.layers import ACTIVATIONS, Attention, Dropout, KeyValue, Mlp, init_weights
 
 
 @dataclass
@@ -37,6 +37,7 @@ class TextConfig:
     max_position_embeddings: int = 512
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
+    attention_dropout: float | None = None  # of attention weights; None: as `dropout`
     pad_token_id: int = 0
     cls_token_id: int = 101
     sep_token_id: int = 102  # also the end of a generated text
@@ -48,6 +49,11 @@ class TextConfig:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+
+    def attention(self, kv_size: int | None = None) -> Attention:
+        """An attention of this geometry; with `kv_size`, to a memory of that width."""
+        dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
+        return Attention(self.hidden_size, self.num_attention_heads, kv_size=kv_size, dropout=dropout)
 
 
 @dataclass
@@ -100,6 +106,13 @@ class Cache:
         self.layers = [None if pair is None else (pair[0][parents], pair[1][parents]) for pair in self.layers]
         self.mask = None if self.mask is None else self.mask[parents]
 
+    def first(self, rows: int) -> "Cache":
+        """What the first so many rows hold, as a cache of its own."""
+        part = Cache(len(self.layers))
+        part.layers = [None if pair is None else (pair[0][:rows], pair[1][:rows]) for pair in self.layers]
+        part.mask = None if self.mask is None else self.mask[:rows]
+        return part
+
 
 class Residual(nn.Module):
     """BERT's post-norm residual: LayerNorm(x + dropout(branch))."""
@@ -107,7 +120,7 @@ class Residual(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """[R, L, D], [R, L, D] -> [R, L, D]."""
@@ -119,7 +132,7 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.attention = Attention(config.hidden_size, config.num_attention_heads, dropout=config.dropout)
+        self.attention = config.attention()
         self.residual = Residual(config)
 
     def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -133,9 +146,7 @@ class CrossAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig, encoder_width: int) -> None:
         super().__init__()
-        self.attention = Attention(
-            config.hidden_size, config.num_attention_heads, kv_size=encoder_width, dropout=config.dropout
-        )
+        self.attention = config.attention(encoder_width)
         self.residual = Residual(config)
 
     def project(self, memory: Tensor) -> KeyValue:
@@ -170,7 +181,7 @@ class TextEmbeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids [R, L], positions [R|1, L] -> [R, L, D]."""

@@ -82,25 +82,17 @@ def vit_large(image_size: int = 224, **changes: Any) -> VisionConfig:
 
 def eva_vit_g(image_size: int = 224, **changes: Any) -> VisionConfig:
     """EVA-CLIP's ViT-g/14 up to its second last block, which BLIP-2 looks at (BLIP-2 §3.4)."""
-    giant = {
-        "hidden_size": 1408,
-        "num_hidden_layers": 39,
-        "num_attention_heads": 16,
-        "intermediate_size": 6144,
-    }
-    return VisionConfig(image_size, 14, final_norm=False, **{**giant, **changes})
+    giant: dict[str, Any] = {"patch_size": 14, "hidden_size": 1408, "num_hidden_layers": 39}
+    giant |= {"num_attention_heads": 16, "intermediate_size": 6144, "final_norm": False}
+    return VisionConfig(image_size, **{**giant, **changes})
 
 
 def clip_vit_l(image_size: int = 224, **changes: Any) -> VisionConfig:
     """CLIP's ViT-L/14 up to its second last block, likewise."""
-    large = {
-        "hidden_size": 1024,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    }
-    clip = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_bias": False, "pre_norm": True}
-    return VisionConfig(image_size, 14, final_norm=False, **{**large, **clip, **changes})
+    large: dict[str, Any] = {"patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 23}
+    large |= {"num_attention_heads": 16, "intermediate_size": 4096, "final_norm": False}
+    large |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_bias": False, "pre_norm": True}
+    return VisionConfig(image_size, **{**large, **changes})
 
 
 def resize_position_embedding(table: Tensor, grid: tuple[int, int], *, align_corners: bool = False) -> Tensor:

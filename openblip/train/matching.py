@@ -28,6 +28,7 @@ def matching_loss(
     *,
     negatives: str,
     floor: float,
+    among_allowed: bool = False,
     generator: torch.Generator,
     pairs: int | None = None,
 ) -> Tensor:
@@ -39,7 +40,7 @@ def matching_loss(
         similarity: ITC logits image-to-text and text-to-image, both [B, G of all ranks].
         image_ids: [B]; pairs of one image are never each other's negatives.
         negatives: draw them from the "global" batch, or from this rank's "local" part of it.
-        floor: see `objectives.hard_negatives`.
+        floor, among_allowed: see `objectives.hard_negatives`.
         generator: of the draws, in the same state on every rank.
         pairs: only the first so many pairs count; negatives still come from all. None: every pair.
     """
@@ -53,16 +54,15 @@ def matching_loss(
         candidate_ids = candidate_ids[own]
     is_global = negatives == "global" and distributed.world_size() > 1
     forbidden = positive_pairs(image_ids, candidate_ids)
+    how: dict[str, Any] = {"floor": floor, "among_allowed": among_allowed, "generator": generator}
 
     def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
         """(candidate, does one exist) of the first K rows; drawn for the global batch, so topology changes nothing."""
         if not is_global:
-            index, exists = hard_negatives(scores, forbidden, floor=floor, generator=generator)
+            index, exists = hard_negatives(scores, forbidden, **how)
             return index[:count], exists[:count]
-        index, exists = hard_negatives(
-            distributed.all_gather(scores.detach()), distributed.all_gather(forbidden),
-            floor=floor, generator=generator,
-        )  # fmt: skip
+        everyone = distributed.all_gather(scores.detach()), distributed.all_gather(forbidden)
+        index, exists = hard_negatives(*everyone, **how)
         return index[own][:count], exists[own][:count]
 
     text_of_image, text_exists = draw(image_to_text)

@@ -52,17 +52,27 @@ def clip_loss(image_features: Tensor, text_features: Tensor, scale: Tensor) -> T
 
 
 def hard_negatives(
-    similarity: Tensor, forbidden: Tensor, *, floor: float = 1e-4, generator: torch.Generator | None = None
+    similarity: Tensor,
+    forbidden: Tensor,
+    *,
+    floor: float = 1e-4,
+    among_allowed: bool = False,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One negative per row, drawn in proportion to softmax(similarity) + floor (BLIP §3.2).
 
     similarity [B, M] over the temperature; forbidden [B, M], True for own pairs and pairs of the same image.
+    among_allowed: take the softmax over what is allowed, as BLIP-2's code does, and not over all, as BLIP's: there the
+    floor gains weight as own pairs become likely, and the draw gets easier with time.
     Returns (index [B], exists [B]). When softmax and floor leave nothing to draw from, the draw is uniform
     over what is allowed; a row in which everything is forbidden has no negative: `exists` is False and its
     index is only there to keep the shape. Similarities that are not finite draw like zeros: it is the losses'
     part to say that something broke.
     """
-    weights = similarity.detach().float().softmax(dim=1).nan_to_num(0) + floor
+    scores = similarity.detach().float()
+    if among_allowed:
+        scores = scores.masked_fill(forbidden, -torch.inf)
+    weights = scores.softmax(dim=1).nan_to_num(0) + floor
     weights = weights.masked_fill(forbidden, 0)
     empty = weights.sum(dim=1, keepdim=True) <= 0
     weights = torch.where(empty, (~forbidden).float(), weights)

@@ -36,7 +36,8 @@ class Blip2TaskConfig:
 
     match_ids: pairs of one image are positives of each other; otherwise only the pair itself is.
     negatives, negative_floor: see `matching.matching_loss`.
-    match_pairs: ITM on the first so many pairs of a batch, in which ITC sees all; None: on every pair.
+    match_pairs, write_pairs: ITM, and ITG, on the first so many pairs of a batch, in which ITC sees all; None: on
+        every pair.
     keep_tokens: share of the image's tokens, drawn anew at each step, that training looks at.
     text_lr_scale: factor on the learning rate of what came from a pretrained BERT.
     """
@@ -45,6 +46,7 @@ class Blip2TaskConfig:
     negatives: str = "global"
     negative_floor: float = 0.0
     match_pairs: int | None = None
+    write_pairs: int | None = None
     keep_tokens: float = 1.0
     label_smoothing: float = 0.1
     text_lr_scale: float = 1.0
@@ -54,8 +56,10 @@ class Blip2TaskConfig:
         if self.negatives not in ("global", "local"):
             raise ConfigError(f'negatives must be "global" or "local", not {self.negatives!r}')
         _check_share(self.keep_tokens)
-        if self.match_pairs is not None and self.match_pairs < 1:
-            raise ConfigError(f"match_pairs is 1 or more, got {self.match_pairs}")
+        for name in ("match_pairs", "write_pairs"):
+            pairs = getattr(self, name)
+            if pairs is not None and pairs < 1:
+                raise ConfigError(f"{name} is 1 or more, got {pairs}")
 
 
 class Blip2Task(Task):
@@ -117,9 +121,16 @@ def stage1_losses(
     losses = {"itc": itc}
     losses["itm"] = matching_loss(
         model, memory, embeds, ids, mask, (image_to_text, text_to_image), image_ids,
-        negatives=config.negatives, floor=config.negative_floor, generator=draws, pairs=config.match_pairs,
+        negatives=config.negatives, floor=config.negative_floor, among_allowed=True, generator=draws,
+        pairs=config.match_pairs,
     )  # fmt: skip
     if cache is not None:
+        if config.write_pairs is not None:
+            cache, ids, mask = (
+                cache.first(config.write_pairs),
+                ids[: config.write_pairs],
+                mask[: config.write_pairs],
+            )
         wanted, labels = labelled_positions(next_token_labels(ids, mask))
         written = model.lm_states(cache, ids, mask)[:, :-1][wanted]
         total = lm_loss(model.lm_logits(written), labels, smoothing=config.label_smoothing)
@@ -207,9 +218,7 @@ def _check_share(keep_tokens: float) -> None:
 
 def _came_pretrained(name: str) -> bool:
     """Whether a parameter of a task is one that the Q-Former got from a BERT."""
-    return name.startswith("model.qformer.") and not any(
-        fresh in name for fresh in ("query_tokens", "cross_attention")
-    )
+    return "qformer." in name and not any(fresh in name for fresh in ("query_tokens", "cross_attention"))
 
 
 def _seeded_draws(seed: int, step: int, device: torch.device) -> torch.Generator:

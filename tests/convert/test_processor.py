@@ -428,6 +428,8 @@ def test_the_card_says_how_to_load_it_and_under_which_licence(both, tmp_path):
     assert "library_name: transformers\nlicense: bsd-3-clause\n" in card
     assert "import AutoProcessor, BlipForImageTextRetrieval" in card and "[ENC]" in card
     assert "```bash\nopenblip train retrieval --data x\nopenblip eval y\n```" in card
+    captions = (both("captioner").folder / "README.md").read_text()
+    assert 'text="a picture of"' in captions, "what its captions begin with"
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -23,8 +23,8 @@ def row(**fields):
     return Row(**{"id": "a.png", "images": ["a.png"], "captions": ["a dog runs"], "where": "row 7"} | fields)
 
 
-def dataset(kind, *rows):
-    return kind(list(rows), None, features=FakeFeatures())
+def dataset(kind, *rows, **options):
+    return kind(list(rows), None, features=FakeFeatures(), **options)
 
 
 def rng(seed=0):
@@ -82,6 +82,14 @@ def test_instructions_are_read_by_both():
     assert words.decode(short["qformer_ids"][0]) == "a cat flies", (
         "cut on the left, as for the language model"
     )
+
+
+def test_stage_1_beside_stage_2_reads_captions_as_cleaned_as_alone():
+    sample = dataset(PairDataset, row(captions=["Two Dogs , wet !"]), clean=str).get(0, rng())
+    words = bert_uncased()
+    batch = LmCollator(LmTokenizer(byte_level()), qformer=words, reads="caption")([sample])
+    assert words.decode(batch["text_ids"][0].tolist()) == "two dogs, wet"
+    assert sample["text"] == "Two Dogs , wet !", "and the language model writes them as people do"
 
 
 def test_one_of_several_outputs_is_drawn():

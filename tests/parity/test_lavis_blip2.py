@@ -5,6 +5,7 @@ transformers has one epsilon for the tower and the norm behind it; here its peer
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    Blip2Config,
+    Blip2Config as TheirBlip2Config,
+)
+from transformers import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     Blip2VisionModel,
@@ -22,12 +25,17 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from openblip import api
+from openblip import api, cli
 from openblip.config import UserError
 from openblip.convert.lavis_towers import LAYOUTS as TOWER_LAYOUTS
 from openblip.convert.weights import WeightsError
+from openblip.data.transforms import ImageTransform
 from openblip.hub import load_pretrained, save_for_transformers, save_pretrained
-from openblip.models.vit import VisionTransformer
+from openblip.models.blip2 import Blip2Config
+from openblip.models.qformer import QFormerConfig
+from openblip.models.vit import VisionTransformer, clip_vit_l, eva_vit_g
+from openblip.recipes.blip2 import blip2_stage1
+from openblip.train.ingredients import prepare
 from tests.data.test_prompts import byte_level
 from tests.parity import test_blip2_llm, test_blip2_retrieval
 from tests.parity.lavis_files import (
@@ -102,7 +110,7 @@ class Files:
         projection, family = KINDS[kind]
         words = byte_level()
         settings = language_model(family) | {"vocab_size": len(words), "eos_token_id": 2, "pad_token_id": 1}
-        config = (InstructBlipConfig if instruct else Blip2Config)(
+        config = (InstructBlipConfig if instruct else TheirBlip2Config)(
             **sections(), num_query_tokens=5, image_token_index=1, text_config=settings
         )
         self.peer = drawn(
@@ -145,7 +153,7 @@ def files(tmp_path_factory):
 def stage1(tmp_path_factory):
     """(peer, folder with bridge.pth, tower.pth, and trained.pth, which has both)."""
     folder = tmp_path_factory.mktemp("stage1")
-    config = Blip2Config(
+    config = TheirBlip2Config(
         **sections(use_qformer_text_input=True), num_query_tokens=5, image_text_hidden_size=12
     )
     peer = drawn(Blip2ForImageTextRetrieval, config)
@@ -164,7 +172,7 @@ def stage1(tmp_path_factory):
 @pytest.fixture(scope="module")
 def eva(tmp_path_factory):
     """(file, its tensors, transformers' model of its blocks but the last)."""
-    peer = random_peer(Blip2VisionModel, Blip2Config(**sections()).vision_config, seed=3)
+    peer = random_peer(Blip2VisionModel, TheirBlip2Config(**sections()).vision_config, seed=3)
     with torch.no_grad():
         for layer in peer.encoder.layers:
             layer.self_attn.qkv.bias[WIDTH : 2 * WIDTH] = 0
@@ -270,6 +278,32 @@ def test_of_the_released_towers_the_second_last_block_is_the_last(width, blocks,
     config = TOWER_LAYOUTS[width == 1024].config({}, tensors)
     assert (config.num_hidden_layers, config.num_attention_heads, config.image_size) == (used, 16, 224)
     assert config.intermediate_size == (6144 if width == 1408 else 4096) and config.patch_size == 14
+
+
+def test_the_towers_of_the_paper_have_their_geometry():
+    with torch.device("meta"):
+        giant, large = VisionTransformer(eva_vit_g()), VisionTransformer(clip_vit_l())
+    count = [sum(value.numel() for value in tower.parameters()) for tower in (giant, large)]
+    assert [round(number / 1e6) for number in count] == [986, 291]
+
+
+def test_a_recipe_begins_with_the_file_of_a_tower(eva, clip):
+    geometry = {"image_size": 48, "patch_size": 8, "num_attention_heads": 2, "intermediate_size": 40}
+    kinds = [
+        (eva, eva_vit_g(**geometry, hidden_size=WIDTH, num_hidden_layers=3), plain_eva, False),
+        (clip, clip_vit_l(**geometry, hidden_size=128, num_hidden_layers=2), plain_clip, True),
+    ]
+    qformer = QFormerConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
+    for (file, tensors, _), vision, plain, corners in kinds:
+        recipe = replace(blip2_stage1(), vision_init=str(file), blip2=Blip2Config(vision, qformer))
+        made = prepare(recipe, [])
+        tokens = made.model.encode_image(LARGER.float())
+        tensors = {name: value.float() for name, value in tensors.items()}
+        blocks = vision.num_hidden_layers
+        wanted = plain(tensors, LARGER.float(), heads=2, blocks=blocks, align_corners=corners)
+        torch.testing.assert_close(tokens, wanted, rtol=1e-4, atol=1e-4)
+        assert not made.model.vision.patch_embedding.weight.requires_grad
+        assert made.transform == ImageTransform(48) and made.frozen == {}, "it is saved with the model"
 
 
 def test_a_tower_that_is_not_whole_is_named(eva, clip, tmp_path):
@@ -527,6 +561,20 @@ def test_it_is_saved_with_its_language_model_named_and_goes_to_transformers(file
         wanted = theirs.state_dict()[name]
         assert torch.equal(wanted[:rows] if wanted.shape != value.shape else wanted, value), name
     it.peer.double()
+
+
+def test_the_command_converts_a_file_with_its_parts(files, tmp_path, capsys):
+    it = files("opt")
+    parts = ["--vision", str(it.vision), "--lm", str(it.lm), "--dtype", "fp32", "--json"]
+    order = ["convert", str(it.file), str(tmp_path / "out"), "--to", "transformers", *parts]
+    with pytest.raises(SystemExit):
+        cli.main(order)
+    assert "approximate" in capsys.readouterr().err
+    cli.main([*order, "--approximate"])
+    told = json.loads(capsys.readouterr().out)["report"]
+    assert any("epsilon of the tower" in note for note in told["notes"])
+    assert any("has 1 row(s) more" in note or "have 1 row(s) more" in note for note in told["notes"])
+    assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").config.image_token_id == 261
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

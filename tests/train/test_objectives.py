@@ -1,5 +1,6 @@
 """Every loss against a loop that says what it means, and what hard negatives may and may not be."""
 
+import itertools
 import math
 
 import pytest
@@ -50,7 +51,8 @@ def test_without_belief_targets_are_the_truth_alone():
     close(soft_targets(torch.randn(2, 3), positives, 0.0), [[0.5, 0, 0.5], [0, 1, 0]])
 
 
-def test_hard_negatives_are_drawn_in_proportion_and_never_where_forbidden():
+@pytest.mark.parametrize("among_allowed", [False, True])
+def test_hard_negatives_are_drawn_in_proportion_and_never_where_forbidden(among_allowed):
     similarity = torch.tensor([[3.0, 1.0, 0.0, 2.0], [0.5, 0.5, 4.0, -1.0]])
     forbidden = torch.tensor([[True, False, False, False], [False, False, True, False]])
     draws = 20_000
@@ -58,10 +60,12 @@ def test_hard_negatives_are_drawn_in_proportion_and_never_where_forbidden():
         similarity.repeat(draws, 1),
         forbidden.repeat(draws, 1),
         floor=0.05,
+        among_allowed=among_allowed,
         generator=torch.Generator().manual_seed(3),
     )
     assert exists.all()
-    weights = (similarity.softmax(dim=1) + 0.05) * ~forbidden
+    rivals = similarity.masked_fill(forbidden, -torch.inf) if among_allowed else similarity
+    weights = (rivals.softmax(dim=1) + 0.05) * ~forbidden
     wanted = weights / weights.sum(dim=1, keepdim=True)
     found = F.one_hot(index.view(draws, 2), 4).double().mean(dim=0)
     assert (found[forbidden] == 0).all()
@@ -100,8 +104,8 @@ def test_broken_similarities_leave_the_verdict_to_the_losses():
     """The loop's finite guard names the samples; an error out of the sampler would come before it."""
     similarity = torch.tensor([[math.nan, math.nan, math.nan], [0.0, math.inf, 0.0]])
     forbidden = torch.eye(3, dtype=torch.bool)[:2]
-    for floor in (0.0, 1e-4):
-        index, exists = hard_negatives(similarity, forbidden, floor=floor)
+    for floor, among_allowed in itertools.product((0.0, 1e-4), (False, True)):
+        index, exists = hard_negatives(similarity, forbidden, floor=floor, among_allowed=among_allowed)
         assert exists.all() and not forbidden[torch.arange(2), index].any()
 
 

@@ -76,7 +76,7 @@ def reference(task: Blip2Task, batch: dict, negatives: list[Tensor]) -> dict[str
     losses = {"itc": itc, "itm": torch.stack(itm).mean()}
     if model.config.decoder:
         spoken = []
-        for row in range(rows):
+        for row in range(config.write_pairs or rows):
             ids, seen = text(row, tiny.DEC), memory(row)
             x = torch.cat([model.qformer._queries(1), model.qformer._words(ids, 0)], dim=1)
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
@@ -95,6 +95,7 @@ STAGES = {
     "retrieval": {"match_ids": True, "negative_floor": 0.2},
     "no ITG": {"decoder": False},
     "ITM on some": {"match_pairs": 2},
+    "ITG on some": {"write_pairs": 3},
 }
 
 
@@ -183,7 +184,16 @@ def test_what_a_bert_gave_may_learn_slower():
     )
 
 
-@pytest.mark.parametrize("wrong", [{"negatives": "all"}, {"keep_tokens": 0.0}, {"match_pairs": 0}])
+def test_what_a_bert_gave_learns_slower_in_stage_2_too():
+    task = stage2(text_lr_scale=0.3)
+    slow = {name for name, _ in task.named_parameters() if task.lr_scale(name) == 0.3}
+    assert "model.blip2.qformer.layers.0.query_feed_forward.mlp.fc1.weight" in slow
+    assert not any("cross" in name or "projection" in name or "lm." in name for name in slow)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"negatives": "all"}, {"keep_tokens": 0.0}, {"match_pairs": 0}, {"write_pairs": 0}]
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Blip2TaskConfig(**wrong)
