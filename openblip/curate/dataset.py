@@ -8,6 +8,7 @@ source, byte by byte; each of its captions says where it came from and what the 
 picture without a kept caption is left out.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -207,6 +208,11 @@ class HumanRows:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the source, and which of its rows are good."""
+        return hashlib.sha256(json.dumps([self.source.fingerprint, self.numbers]).encode()).hexdigest()
 
 
 def check_job(job: str | Path, source: Source) -> list[ShardManifest]:

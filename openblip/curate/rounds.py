@@ -28,7 +28,7 @@ from openblip.curate import engine
 from openblip.curate.capfilt import CapFilt, CapFiltConfig
 from openblip.curate.dataset import HumanRows, write_parquet
 from openblip.curate.report import write_report
-from openblip.data.collate import Rows
+from openblip.data.collate import Rows, rows_fingerprint
 from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
 from openblip.hub import save_pretrained
@@ -148,3 +148,8 @@ class _Joined:
 
     def __getitem__(self, index: int, /) -> Row:
         return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Those of both."""
+        return f"{rows_fingerprint(self.first)} {rows_fingerprint(self.second)}"

@@ -10,8 +10,8 @@
     (e) pre-train from scratch on what CapFilt made ─► bootstrapped model
         and once more on the true web captions      ─► clean model, the best that could be hoped for
 
-Every step is resumable: a finished one is read from its folder. The three models begin with the same weights
-and take the same number of steps.
+Every step is resumable: a finished one is read from its folder. story.json there says of which settings and rows; with
+others it is refused. The three models begin with the same weights and take the same number of steps.
 """
 
 import copy
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from openblip.api import Pipeline
-from openblip.config import UserError
+from openblip.config import UserError, to_dict
 from openblip.convert.weights import LoadReport
+from openblip.curate import engine
 from openblip.curate.capfilt import (
     CapFilt,
     CapFiltConfig,
@@ -37,6 +38,7 @@ from openblip.curate.capfilt import (
     keep_matching,
     nucleus,
 )
+from openblip.data.collate import rows_fingerprint
 from openblip.data.features import FeatureCache
 from openblip.data.rows import Row
 from openblip.eval.benchmarks import captioning, from_cache, retrieval
@@ -105,6 +107,12 @@ def tell(
     human, truth, test = split(rows, config.seed, config.human, config.test)
     web, wrong = plant_noise(truth, config.noise, config.seed)
     right = {row.id: not is_wrong for row, is_wrong in zip(web, wrong, strict=True)}
+    settings = {**json.loads(json.dumps(to_dict(config))), "rows": rows_fingerprint(rows)}
+    listed = folder / "story.json"
+    if listed.is_file():
+        engine.refuse_other(json.loads(listed.read_text(encoding="utf-8")), settings, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.publish(listed, json.dumps(settings, indent=2).encode())
     say(
         f"data: {len(human)} human pairs, {len(web)} web pairs of which {sum(wrong)} are wrong, "
         f"{len(test)} test pairs"

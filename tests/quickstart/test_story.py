@@ -120,6 +120,14 @@ def test_told_again_it_trains_nothing_and_says_the_same(told, rows, monkeypatch)
         assert (story.folder / name / "model/model.safetensors").read_bytes() == content
 
 
+def test_another_story_is_not_told_with_its_models(told, rows):
+    story, _ = told
+    with pytest.raises(UserError, match=r"made otherwise: noise was 0.4 and is 0.2; use a new folder"):
+        tell(rows, story.folder, tiny_story(noise=0.2), lambda line: None)
+    with pytest.raises(UserError, match="made otherwise: rows was"):
+        tell(rows[:-1], story.folder, tiny_story(), lambda line: None)
+
+
 def test_the_filter_is_judged_by_what_was_planted():
     right = {"a": True, "b": False, "c": True, "d": False}
 
