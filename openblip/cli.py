@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -16,14 +16,19 @@ from openblip.cli_make import (
     as_json,
     bootstrap,
     capfilt,
+    check_file,
     given,
     print_answer,
     print_mistake,
+    progress,
     push,
     quickstart,
     train,
 )
 from openblip.config import UserError
+
+if TYPE_CHECKING:
+    from openblip.data.rows import BadRows
 
 # Positional arguments, under the names that help shows them by.
 Paths = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE ...")]]
@@ -147,8 +152,7 @@ def search(
     print_answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
     if rerank and not pipeline.can_match:
         print("this model has no ITM head: ranked by cosine alone", file=sys.stderr)
-    if bad.total:
-        print(f"{bad.total} rows could not be read: {dict(bad.counts)}", file=sys.stderr)
+    _say_skipped(bad)
 
 
 def eval(
@@ -173,28 +177,34 @@ def eval(
         num_beams: of beam search; by default the papers': 3, 5 for BLIP-2, 1 for BLIP-3.
         prompt: what captions begin with, or how a language model is asked (see caption and vqa).
         out: a file for the figures, with the model and the data they belong to.
-        json: print the figures as JSON.
+        json: print the figures as JSON; "skipped" counts the rows that could not be used, by reason.
     """
     from openblip.api import load
+    from openblip.data.rows import BadRows
     from openblip.data.sources import open_source
     from openblip.eval import benchmarks
 
-    pipeline, rows = load(model), list(open_source(str(data), split=split))
-    if task == "retrieval":
-        figures = benchmarks.retrieval(pipeline, rows, k=k)
-    else:
-        protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
-        num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
-        figures = protocol(pipeline, rows, num_beams=num_beams, **given(prompt=prompt))
+    source, bad = open_source(str(data), split=split), BadRows()
+    if out is not None:
+        check_file(out)
+    pipeline = load(model)
+    with progress("looking at every picture", json) as report:
+        rows = benchmarks.usable_rows(task, source, bad, report=report)
+    with progress(task, json) as report:
+        if task == "retrieval":
+            figures = benchmarks.retrieval(pipeline, rows, k=k, report=report)
+        else:
+            protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
+            num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
+            figures = protocol(pipeline, rows, num_beams=num_beams, report=report, **given(prompt=prompt))
+    figures["skipped"] = dict(bad.counts)
     record = {"task": task, "model": model, "data": str(data), "split": split, "k": k, "num_beams": num_beams}
     record |= given(prompt=prompt)
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
-    print_answer(
-        figures,
-        json,
-        lambda: _lines({name: v for name, v in figures.items() if name not in ("captions", "answers")}),
-    )
+    shown = {name: v for name, v in figures.items() if name not in ("captions", "answers", "skipped")}
+    print_answer(figures, json, lambda: _lines(shown))
+    _say_skipped(bad)
 
 
 def info(what: What = "", json: bool = False) -> None:
@@ -228,6 +238,11 @@ def info(what: What = "", json: bool = False) -> None:
         source = open_source(what)
         found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
     print_answer(found, json, lambda: _lines(found))
+
+
+def _say_skipped(bad: "BadRows") -> None:
+    if bad.total:
+        print(f"{bad.total} rows could not be used: {bad.summary()}", file=sys.stderr)
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> str:

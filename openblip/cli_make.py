@@ -1,9 +1,11 @@
 """The commands that make something: models, cleaned data, a page on the hub. Those that use it are in `cli`."""
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -244,6 +246,39 @@ def _recipe(name: str) -> "Recipe":
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given: for the others, the model has a default."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_file(path: Path) -> None:
+    """Make the folder of a file that will be written, before the work. Raises UserError: the file cannot be there."""
+    from openblip.config import UserError
+
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: its folder cannot be made ({error.strerror})") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--out {path}: must not be written")
+
+
+@contextmanager
+def progress(what: str, json: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error while there is something to wait for, moved by calls with (done, in all).
+
+    None where nobody looks: with `json`, or if standard error is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if json or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 def print_mistake(error: Exception) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import openblip
 from openblip import cli
+from openblip.cli_make import progress
 from openblip.config import save_json
 from openblip.data.sources import open_source
 from openblip.hub import load_pretrained
@@ -234,7 +235,7 @@ def test_search_finds_and_says_what_it_could_not_read(root, answer, capsys, tmp_
     cli.main(["search", "red", "--data", str(folder), "--model", str(root / "filter"), "--json"])
     said = capsys.readouterr()
     assert len(json.loads(said.out)) == 2, "pictures need no captions to be found"
-    assert "1 rows could not be read" in said.err
+    assert "1 rows could not be used: not_an_image 1" in said.err
 
 
 def test_eval_retrieval_caption_and_vqa(root, answer, tmp_path):
@@ -253,6 +254,53 @@ def test_eval_retrieval_caption_and_vqa(root, answer, tmp_path):
     assert len(found["answers"]) == 4 and 0 <= found["accuracy"] <= 1
 
 
+def test_eval_goes_past_bad_rows_and_broken_pictures_and_counts_them(root, answer, capsys, tmp_path):
+    folder = picture_folder(tmp_path / "data", 8)
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    lines[2] = '{"file_name": "images/02.png"}'  # no caption
+    (folder / "captions.jsonl").write_text("\n".join([*lines, "{no json", lines[1]]))
+    (folder / "images/03.png").write_bytes((folder / "images/03.png").read_bytes()[:100])
+    (folder / "images/04.png").unlink()
+    skipped = {"missing_caption": 1, "not_json": 1, "truncated": 1, "missing": 1}
+    call, out = ("--data", folder, "--model"), tmp_path / "not/there/figures.json"
+    found = answer("eval", "retrieval", *call, root / "filter", "--out", out)
+    assert (found["images"], found["texts"], found["skipped"]) == (5, 6, skipped)
+    assert json.loads(out.read_text())["figures"] == found
+    found = answer("eval", "caption", *call, root / "blip", "--num-beams", 1)
+    assert len(found["captions"]) == 5 and found["skipped"] == skipped
+    cli.main(["eval", "retrieval", *map(str, call), str(root / "filter")])
+    said = capsys.readouterr()
+    assert "skipped" not in said.out and "4 rows could not be used" in said.err and "truncated 1" in said.err
+
+    asked = question_folder(tmp_path / "asked", 4)
+    with (asked / "captions.jsonl").open("a") as file:
+        file.write('{"file_name": "images/00.png", "question": "what?"}\n')
+    (asked / "images/01.png").write_bytes(b"")
+    found = answer("eval", "vqa", "--data", asked, "--model", root / "vqa", "--num-beams", 1)
+    assert len(found["answers"]) == 3 and found["skipped"] == {"missing_answer": 1, "empty": 1}
+
+
+def test_eval_finds_out_at_once_that_its_figures_have_no_place(root, mistake, monkeypatch, tmp_path):
+    monkeypatch.setattr("openblip.api.load", lambda model: pytest.fail("loaded a model first"))
+    call = ("eval", "retrieval", "--data", root / "data", "--model", root / "filter", "--out")
+    assert "is a folder; name a file" in mistake(*call, tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "its folder cannot be made" in mistake(*call, tmp_path / "file/figures.json")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "must not be written" in mistake(*call, tmp_path / "figures.json")
+
+
+def test_there_is_a_bar_for_a_terminal_alone(monkeypatch, capsys):
+    with progress("looking") as report:
+        assert report is None
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    with progress("looking") as report:
+        report(3, 8)
+    assert "looking" in (said := capsys.readouterr()).err and "3/8" in said.err and said.out == ""
+    with progress("looking", json=True) as report:
+        assert report is None
+
+
 def test_info_of_a_model_of_data_and_of_openblip(root, answer):
     found = answer("info", root / "filter")
     assert found["model"] == "Blip" and found["config"]["decoder"] is False and found["parameters"] > 10_000
@@ -269,6 +317,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(root, mistake, tmp_path):
     assert "absent" in mistake("caption", picture, "--model", tmp_path / "absent")
     assert "no config.json" in mistake("caption", picture, "--model", root / "data")
     assert "absent.png" in mistake("caption", tmp_path / "absent.png", "--model", root / "blip")
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:100])
+    line = mistake("caption", picture, tmp_path / "half.png", "--model", root / "blip")
+    assert "bad image (truncated)" in line and "half.png" in line
     assert "no image given" in mistake("caption", "--model", root / "blip")
     assert "captioning" in mistake("caption", picture, "--model", root / "filter")
     assert "max_new_tokens" in mistake("caption", picture, "--model", root / "blip", "--max-new-tokens", 0)

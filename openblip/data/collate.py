@@ -75,6 +75,15 @@ def open_picture(
     return transform(image, rng)  # type: ignore[arg-type]  # only an ImageTransform is called without rng
 
 
+def check_picture(row: Row) -> None:
+    """Raise BadRow if there is no picture, or one cannot be opened. A JPEG is decoded as small as it goes."""
+    for image in row.images or [row.image]:
+        try:
+            open_image(image, draft_size=1)
+        except BadImage as error:
+            raise BadRow(error.reason, row.where, error.detail) from error
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Rows with their pictures: what the datasets share.

@@ -186,6 +186,15 @@ class Source:
         part = bisect_right(self._ends, index)
         return self._parts[part].row(index - (self._ends[part - 1] if part else 0))
 
+    def light(self, index: int) -> Row:
+        """Row `index`, holding no picture: of one whose bytes stand in the source's table, where. Raises BadRow."""
+        row = self[index]
+        images: list[Reference] = [
+            InSource(self, index, number) if isinstance(image, bytes) else image
+            for number, image in enumerate(row.images)
+        ]
+        return replace(row, images=images)
+
     def __iter__(self) -> Iterator[Row]:
         """All rows; the first bad one ends it with `BadRow`. `rows` goes on."""
         return (self[index] for index in range(len(self)))
@@ -308,6 +317,21 @@ class Source:
             elif part.split == split:
                 parts.append(part)
         return Source(self.path, parts)
+
+
+@dataclass(frozen=True)
+class InSource:
+    """Picture `number` of a row, read when asked for."""
+
+    source: Source
+    index: int
+    number: int
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        image = self.source[self.index].images[self.number]
+        assert isinstance(image, bytes)
+        return image
 
 
 def _open_part(group: discover.Group, reader: RowReader, cache: Path) -> _Part:
