@@ -293,13 +293,14 @@ class Source:
         usual = {*IMAGE_NAMES, *itertools.chain(*PAIR_NAMES), *VIDEO_NAMES, *CHAT_NAMES}
         if reader.image_column is None and usual.isdisjoint(self.columns):
             raise UserError(
-                f"{self.path}: which column is the image? Name it with image_column=; there are: {found}"
+                f"{self.path}: which column is the image? Name it with image_column (--image-column); "
+                f"there are: {found}"
             )
         usual = {*CAPTION_NAMES, *QUESTION_NAMES, *CHAT_NAMES}
         if reader.require_captions and reader.caption_column is None and usual.isdisjoint(self.columns):
             raise UserError(
-                f"{self.path}: which column is the caption? Name it with caption_column=, or open it with "
-                f"require_captions=False; there are: {found}"
+                f"{self.path}: which column is the caption? Name it with caption_column (--caption-column); "
+                f"pictures without captions want require_captions=False (capfilt --captionless); there are: {found}"
             )
 
     def _select(self, split: str) -> "Source":

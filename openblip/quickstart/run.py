@@ -22,10 +22,12 @@ def run(
     noise: float = 0.4,
     human: int = 300,
     test: int = 400,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Tell the story on OpenMoji drawings, or on the user's own pictures, and return results.json's content.
 
-    report.html, results.json and the models land in `out`. Raises UserError for unusable data or sizes.
+    report.html, results.json and the models land in `out`. `reading`: options of `open_source`. Raises UserError for
+    unusable data or sizes.
     """
     out = Path(out)
     config = StoryConfig(human=human, test=test, noise=noise, seed=seed)
@@ -37,7 +39,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         _say("looking at every picture")
         rows = []
-        for row in open_source(str(data)).rows(bad):
+        for row in open_source(str(data), **reading).rows(bad):
             with bad.skipping(row.where):  # what cannot be opened takes no part
                 open_image(row.image, draft_size=config.pretrain.model.vision.image_size)
                 rows += [row] if row.captions else []

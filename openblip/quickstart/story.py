@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip.api import Pipeline
-from openblip.config import UserError, to_dict
+from openblip.config import UserError, from_dict, to_dict
 from openblip.convert.weights import LoadReport
 from openblip.curate import engine
 from openblip.curate.capfilt import (
@@ -107,10 +107,14 @@ def tell(
     human, truth, test = split(rows, config.seed, config.human, config.test)
     web, wrong = plant_noise(truth, config.noise, config.seed)
     right = {row.id: not is_wrong for row, is_wrong in zip(web, wrong, strict=True)}
-    settings = {**json.loads(json.dumps(to_dict(config))), "rows": rows_fingerprint(rows)}
+    settings = {**to_dict(config), "rows": rows_fingerprint(rows)}
     listed = folder / "story.json"
     if listed.is_file():
-        engine.refuse_other(json.loads(listed.read_text(encoding="utf-8")), settings, folder)
+        before = json.loads(listed.read_text(encoding="utf-8"))
+        told_of = before.pop("rows")
+        # Through the class: a setting that is new since then had its default.
+        old = {**to_dict(from_dict(StoryConfig, before, str(listed))), "rows": told_of}
+        engine.refuse_other(old, settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     engine.publish(listed, json.dumps(settings, indent=2).encode())
     say(

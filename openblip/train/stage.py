@@ -66,6 +66,7 @@ def run_stage(
     features: FeatureCache | str | Path | None = None,
     evaluate: Evaluate | None = None,
     info: dict[str, Any] | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> StageResult:
     """Train one stage on `rows` and save the model in `run_dir`/model; an interrupted run goes on where it was.
 
@@ -74,7 +75,8 @@ def run_stage(
 
     features: what the frozen vision tower makes of the pictures, or a folder to keep it in, which stages on the same
         pictures can share; `run_dir`/features if none is given, the tower is frozen, and nothing is augmented.
-    evaluate: see `loop.fit`. info: for the model card.
+    evaluate: see `loop.fit`. info: for the model card. report: called with (pictures done, pictures in all) while the
+        tower looks at them.
 
     Raises:
         UserError: the folder holds a run of another recipe or other rows; a folder for features, and a tower that is
@@ -102,7 +104,9 @@ def run_stage(
         )
     if is_fixed and not isinstance(features, FeatureCache):
         folder = run_dir / "features" if features is None else Path(features)
-        features = cache_features(made, rows, folder, workers=recipe.workers, bad=BadRows(listed))
+        features = cache_features(
+            made, rows, folder, workers=recipe.workers, bad=BadRows(listed), report=report
+        )
     assert features is None or isinstance(features, FeatureCache)
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
