@@ -265,6 +265,12 @@ def _distinct_pictures(rows: Rows, bad: BadRows) -> dict[str, tuple[int, int]]:
     return places
 
 
+def is_complete(folder: str | Path) -> bool:
+    """Whether there is a cache in `folder`, of whatever, with all of its pictures."""
+    file = Path(folder) / "features.json"
+    return file.is_file() and load_json(Manifest, file).complete
+
+
 def _read_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest | None:
     """The manifest in `folder`, if there is one; refused if its fingerprint is another."""
     if not (folder / "features.json").exists():

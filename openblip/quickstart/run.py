@@ -1,6 +1,5 @@
 """What `openblip quickstart` does: find the data, tell the story, write the report."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,7 @@ def run(
                 rows += [row] if row.captions else []
         if not rows:
             raise UserError(f"{data}: no picture with a caption")
-    listed = out / "results.json"
-    before = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     story = tell(rows, out, config, say=_say)
-    if "seconds" in before:  # told again, and nothing was trained: it took what it took the first time
-        story.results |= {name: before[name] for name in ("seconds", "peak_mb")}
-        listed.write_text(json.dumps(story.results, indent=2) + "\n", encoding="utf-8")
     write_report(story, out / "report.html")
     return story.results
 
