@@ -67,6 +67,7 @@ class Recipe:
     max_length: tokens of a text; for BLIP-3 of a whole row, vision tokens included.
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
+    single_answer_weight: of an answer, in VQA, where only one person was asked (BLIP's code: 0.2, for Visual Genome).
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
@@ -93,6 +94,7 @@ class Recipe:
     prompt: str = ""
     bucket: bool = False
     pack: bool = False
+    single_answer_weight: float = 1.0
     max_images: int = 4
     frames: int = 8
     workers: int = 2
