@@ -40,7 +40,7 @@ class Augment:
 class Language:
     """A language model: where it comes from, what is trained of it (nothing, adapters, all), how it is told to talk.
 
-    changes: to its configuration. family: see `LmConfig`.
+    changes: to its configuration. family: see `LmConfig`. first_token_id: see `Blip2LlmConfig`.
     """
 
     source: str = "smollm2"
@@ -48,6 +48,7 @@ class Language:
     trainable: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     family: str = ""
+    first_token_id: int | None = None
 
 
 @dataclass
