@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from openblip.cli_chat import chat
+from openblip.cli_convert import convert
 from openblip.cli_make import (
     as_json,
     bootstrap,
@@ -198,10 +199,10 @@ def eval(
 
 
 def info(what: What = "", json: bool = False) -> None:
-    """Say what a model folder or a data set holds; without an argument: the version and the recipes.
+    """Say what a model or a data set holds; without an argument: the version and the recipes.
 
     Args:
-        what: a model folder, a hub name, or data.
+        what: a model folder, a file of weights, a hub name, or data.
         json: print it as JSON.
     """
     from openblip import __version__
@@ -210,7 +211,7 @@ def info(what: What = "", json: bool = False) -> None:
         from openblip.recipes import RECIPES
 
         found: dict[str, Any] = {"openblip": __version__, "recipes": list(RECIPES)}
-    elif (Path(what) / "config.json").is_file() or not Path(what).exists():
+    elif _is_model(Path(what)):
         from openblip.config import to_dict
         from openblip.hub import load_pretrained
 
@@ -228,6 +229,14 @@ def info(what: What = "", json: bool = False) -> None:
         source = open_source(what)
         found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
     print_answer(found, json, lambda: _lines(found))
+
+
+def _is_model(place: Path) -> bool:
+    """Whether `info` is asked about a model (or a name on the hub) and not about data."""
+    from openblip.convert.files import SUFFIXES
+
+    is_folder = (place / "config.json").is_file()
+    return is_folder or not place.exists() or (place.is_file() and place.suffix in SUFFIXES)
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> str:
@@ -254,6 +263,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "eval": eval,
     "info": info,
+    "convert": convert,
     "push": push,
 }
 

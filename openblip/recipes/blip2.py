@@ -4,20 +4,24 @@ from dataclasses import replace
 
 from openblip.models.blip2 import Blip2Config
 from openblip.models.qformer import QFormerConfig
-from openblip.models.vit import VisionConfig
+from openblip.models.vit import VisionConfig, clip_vit_l
 from openblip.recipes.recipe import Augment, Language, Recipe
 from openblip.train.config import TrainConfig
 from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
 
 
 def blip2_stage1() -> Recipe:
-    """BLIP-2 stage 1 with a frozen ViT-L: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix)."""
+    """BLIP-2 stage 1 with CLIP's ViT-L, frozen: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix).
+
+    The tower begins with weights if `vision_init` names a file of them (clip_vit_L.pth); so does EVA-CLIP's ViT-g,
+    `models.vit.eva_vit_g`, in batches of 1680.
+    """
     train = TrainConfig(
         max_steps=250_000, batch_size=2320, lr=1e-4, warmup_steps=2000, betas=(0.9, 0.98), precision="bf16",
         clip_norm=None, save_every=1000,
     )  # fmt: skip
     augment = Augment(crop=(0.5, 1.0), randaugment=False)
-    return Recipe("blip2_stage1", train, blip2=Blip2Config(), augment=augment, max_length=32)
+    return Recipe("blip2_stage1", train, blip2=Blip2Config(clip_vit_l()), augment=augment, max_length=32)
 
 
 def blip2_stage2() -> Recipe:

@@ -58,8 +58,8 @@ class Recipe:
     stage: which task. model, clip, blip2, blip3: geometry of the model it trains, see `system`; language: the language
         model of BLIP-2's stage 2, and of BLIP-3 (where it takes the place of `blip3.lm`). task, blip2_task,
         blip2_llm_task, blip3_task, dpo_task: its losses.
-    init: a model folder or hub name whose weights it begins with. vision_init, text_init: pretrained parts that a
-        fresh model begins with, see `convert.tower` and `convert.parts`.
+    init: a model folder or hub name whose weights it begins with. vision_init, text_init: an image tower and a BERT
+        that a fresh model begins with: a folder, file or hub name, or a registry package, see `train.initialise`.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
@@ -86,7 +86,7 @@ class Recipe:
     init: str | None = None
     tokenizer: str | None = None
     vision_init: str | None = None
-    text_init: Literal["minilm"] | None = None
+    text_init: str | None = None
     augment: Augment | None = field(default_factory=Augment)
     calibrate: int = 0
     ramp_epochs: float = 2.0

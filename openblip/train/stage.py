@@ -73,6 +73,9 @@ def run_stage(
     made = prepare(recipe, rows, init)
     made.model.to(device)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if made.reports:
+        told = "\n".join(map(str, made.reports))
+        (run_dir / "begins_with.txt").write_text(f"{told}\n", encoding="utf-8")
     listed = run_dir / "bad_rows.jsonl"
     is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
     is_fixed = is_fixed and not isinstance(
