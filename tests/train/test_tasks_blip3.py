@@ -215,6 +215,24 @@ def test_dpo_starts_at_log_2_and_prefers_what_was_chosen():
     assert trained == wanted - {"lm.added_words.weight"}, "which are in none of these texts"
 
 
+def test_dpo_in_bf16_trains_on_its_own_weights(tmp_path):
+    """Autocast keeps the casts of a step's weights, so the reference's must not be made of the policy's."""
+    task = DpoTask(blip3(lora=tiny.ADAPTERS), DpoTaskConfig(beta=0.5)).train()
+
+    def by_hand():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return torch.stack([log_probs(task.model, pairs(), row) for row in range(8)])
+
+    before = by_hand()
+    made = tiny.Batches(lambda rows, start: pairs(rows // 2))
+    fitted = fit(task, made, tiny.settings(10, lr=1e-2, precision="bf16"), tmp_path)
+    gains = by_hand() - before
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(pairs())["dpo"].item()
+    assert loss == pytest.approx(dpo_loss(gains[:4], gains[4:], 0.5).item(), abs=0.01)
+    assert loss < fitted.losses["dpo"] < 0.05
+
+
 def test_a_frozen_tower_sees_each_picture_once(monkeypatch):
     model, found = blip3(lora=tiny.ADAPTERS), pairs()
     task = DpoTask(model, DpoTaskConfig(noise_step=500, max_new_tokens=2)).train()
