@@ -31,6 +31,7 @@ def xgenmm_pretrain() -> Recipe:
         "blip3_pretrain", train, blip3=Blip3Config(_language_model(), vision, tile_grouping="strip"),
         language=Language("microsoft/Phi-3-mini-4k-instruct", trainable=True, family="xgenmm"),
         vision_init="google/siglip-so400m-patch14-384", augment=None, max_length=2048, pack=True,
+        keep_features=False,  # a tile's are 1.7 MB, and are seen once
     )  # fmt: skip
 
 
@@ -89,7 +90,9 @@ def blip3_small_pretrain() -> Recipe:
     )  # fmt: skip
     return Recipe(
         "blip3_pretrain", train, blip3=Blip3Config(_language_model(), vision, resampler), language=Language(),
-        vision_init="dinov2_small", augment=None, max_length=512, pack=True,
+        # Documents of one picture are about 95 tokens long: batches of like length have no padding to speak of, where
+        # packed rows would have each text attend over all 512 places.
+        vision_init="dinov2_small", augment=None, max_length=512, bucket=True,
     )  # fmt: skip
 
 
@@ -103,8 +106,6 @@ def blip3_small_sft() -> Recipe:
         train=train,
         language=Language(lora=LoraSettings(16, 32.0)),
         vision_init=None,
-        pack=False,
-        bucket=True,
     )
 
 
@@ -112,7 +113,8 @@ def blip3_small_dpo() -> Recipe:
     """A short DPO of a model from `blip3_small_sft`."""
     recipe = blip3_small_sft()
     train = replace(recipe.train, max_steps=50, batch_size=8, lr=5e-5, warmup_steps=5)
-    return replace(recipe, stage="blip3_dpo", train=train)
+    # Most of its pictures are met once: nothing to keep.
+    return replace(recipe, stage="blip3_dpo", train=train, keep_features=False)
 
 
 def blip3_small_anyres() -> Recipe:

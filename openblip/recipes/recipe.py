@@ -61,6 +61,7 @@ class Recipe:
         fresh model begins with, see `convert.tower` and `convert.parts`.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
+    keep_features: they are, on disk beside the run, where nothing else is said: worth it if pictures are met again.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
         (see `train.start`); 0: not at all, as in the papers, whose towers are trained.
     ramp_epochs: soft targets grow to their full share within so many epochs.
@@ -87,6 +88,7 @@ class Recipe:
     vision_init: str | None = None
     text_init: Literal["minilm"] | None = None
     augment: Augment | None = field(default_factory=Augment)
+    keep_features: bool = True
     calibrate: int = 0
     ramp_epochs: float = 2.0
     max_length: int = 30

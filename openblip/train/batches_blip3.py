@@ -14,6 +14,7 @@ from openblip.data.collate_chat import (
     PreferenceCollator,
     PreferenceDataset,
     TiledPictures,
+    TileFeatures,
 )
 from openblip.data.conversation import read_conversation, read_preference
 from openblip.data.interleaved import document_tokens, read_document
@@ -29,9 +30,10 @@ from openblip.train import distributed
 
 
 def blip3_loader(
-    recipe: Recipe, model: Blip3, words: LmTokenizer, transform: ImageTransform, rows: Rows, bad: BadRows
-) -> Loader:
-    """Dataset, collator and order of a stage of BLIP-3.
+    recipe: Recipe, model: Blip3, words: LmTokenizer, transform: ImageTransform, rows: Rows, bad: BadRows,
+    features: TileFeatures | None = None,
+) -> Loader:  # fmt: skip
+    """Dataset, collator and order of a stage of BLIP-3; with `features`, no picture is opened.
 
     Raises UserError: documents for a resampler that reads questions, a token budget for DPO, or what `ChatTokenizer`
     raises.
@@ -41,8 +43,9 @@ def blip3_loader(
         "vision_length": config.vision_length,
         "max_length": recipe.max_length,
         "frames": None if config.temporal is None else recipe.frames,
+        "features": features,
     }
-    tiles = TileTransform(transform, config.used_grids)
+    tiles = None if features is not None else TileTransform(transform, config.used_grids)
     condition = 0 if config.resampler.condition_size is None else MAX_CONDITION
     dataset: ChatDataset | InterleavedDataset | PreferenceDataset
     collate: Any

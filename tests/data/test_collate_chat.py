@@ -242,6 +242,11 @@ def test_documents_are_cut_before_an_image():
     assert caught.value.reason == "too_long"
 
 
+def test_documents_go_unpacked_too():
+    batch = ChatCollator(LM)(samples(InterleavedDataset, document(picture("wide", 10), "ten"), document("x")))
+    assert [runs(row) for row in batch["input_ids"]] == [[8], []] and "position_ids" not in batch
+
+
 def test_packed_rows():
     rows = [
         document(picture("wide", 10), "a" * 20, name="one"),  # 30 tokens
