@@ -132,6 +132,12 @@ def test_small_recipes_begin_one_with_another():
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_cosine_falls(name):
+    train = recipe_named(name).train
+    assert train.schedule != "cosine" or train.min_lr < train.lr
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_goes_through_a_file_and_back(name):
     recipe = recipe_named(name)
     assert from_dict(Recipe, to_dict(recipe), name) == recipe

@@ -112,7 +112,7 @@ def blip3_small_sft() -> Recipe:
 def blip3_small_dpo() -> Recipe:
     """A short DPO of a model from `blip3_small_sft`."""
     recipe = blip3_small_sft()
-    train = replace(recipe.train, max_steps=50, batch_size=8, lr=5e-5, warmup_steps=5)
+    train = replace(recipe.train, max_steps=50, batch_size=8, lr=5e-5, min_lr=5e-6, warmup_steps=5)
     # Most of its pictures are met once: nothing to keep.
     return replace(recipe, stage="blip3_dpo", train=train, keep_features=False)
 
