@@ -40,11 +40,13 @@ class Augment:
 class Language:
     """A language model: where it comes from, what is trained of it (nothing, adapters, all), how it is told to talk.
 
+    adapters_alone: nothing but the adapters is trained, not even what stands before the language model (BLIP-3).
     changes: to its configuration. family: see `LmConfig`.
     """
 
     source: str = "smollm2"
     lora: LoraSettings | None = None
+    adapters_alone: bool = False
     trainable: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     family: str = ""

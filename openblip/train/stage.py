@@ -92,7 +92,7 @@ def run_stage(
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
-    task = _task(recipe, made.model, ramp).to(device)
+    task = task_of(recipe, made.model, ramp).to(device)
     result = fit(task, loader, recipe.train, run_dir, evaluate=evaluate, run_config=recipe)
     if result.ema is not None:
         result.ema.copy_to_(task)
@@ -212,8 +212,8 @@ def _augmented(recipe: Recipe, transform: ImageTransform) -> TrainTransform:
     )  # fmt: skip
 
 
-def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
-    """The stage's losses around its model."""
+def task_of(recipe: Recipe, model: Any, ramp: int) -> Task:
+    """The stage's losses around its model; ramp: steps of the soft targets'."""
     match recipe.stage:
         case "clip":
             return ClipTask(model)
