@@ -237,6 +237,11 @@ def test_documents_are_cut_before_an_image():
     for options in ({"max_images": 1}, {"max_length": len(whole["tokens"]) - len("twenty") - 3}):
         (short,) = samples(InterleavedDataset, row, **options)
         assert runs(torch.tensor(short["tokens"].ids)) == [8] and len(short["pixel_values"]) == 1
+        assert (
+            short["tokens"].ids == whole["tokens"].ids[: len(short["tokens"])]
+            and LM.end_id not in short["tokens"].ids
+        )
+    assert whole["tokens"].labels[-1] == LM.end_id
     with pytest.raises(BadRow, match="no text within the first 8 tokens") as caught:
         samples(InterleavedDataset, row, max_length=8)
     assert caught.value.reason == "too_long"

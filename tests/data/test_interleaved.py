@@ -144,6 +144,7 @@ def test_images_that_are_missing_leave_their_place():
     assert shown(tokens_of(rest).ids) == "^[i][i]a\n\nb§[i][i]c§$"
     before = doc.before_image(1)
     assert before.parts == [None, "a"] and before.images == ["0"]
+    assert shown(tokens_of(before).ids) == "^[i][i]a§", "which was not its end"
     assert doc.before_image(0).parts == []
 
 
