@@ -90,14 +90,17 @@ def blip3_loader(
 def _lengths(dataset: TiledPictures, vision: int) -> list[int]:
     """About how many tokens each row has, without opening pictures: each counts as `vision` tokens, the most there are.
 
-    A row that is bad has 1: it is met again, recorded and replaced when its batch is made.
+    A row that is bad has 1: it is met again, recorded and replaced when its batch is made. One that may be too long has
+    the most there can be, for with fewer vision tokens it may fit.
     """
     found = []
     for index in range(len(dataset)):
         try:
             found.append(_length(dataset, dataset.rows[index], vision))
-        except (BadRow, BadChat):
+        except BadRow:
             found.append(1)
+        except BadChat as error:
+            found.append(dataset.max_length if error.reason == "too_long" and dataset.max_length else 1)
     return found
 
 
