@@ -224,7 +224,7 @@ def _idle(model: Blip3, batch: Batch) -> Tensor:
     grids, frames = batch.get("grids"), batch.get("frames")
     has_images = grids is not None and len(grids) > 0
     has_videos = has_images and frames is not None and bool((frames > 1).any())
-    unused: list[nn.Module] = [] if has_images else [model.resampler]
+    unused: list[nn.Module] = [] if has_images else [model.vision, model.resampler]
     unused += [model.temporal] if model.temporal is not None and not has_videos else []
     weights = [p for module in unused for p in module.parameters() if p.requires_grad]
     zero = torch.zeros((), device=batch["labels"].device)

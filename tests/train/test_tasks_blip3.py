@@ -116,9 +116,10 @@ def test_what_is_trained():
         assert not model.vision.training and model.lm.model.training == bool(settings.get("trainable"))
 
 
-def test_a_batch_without_pictures_still_reaches_every_weight():
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_batch_without_pictures_still_reaches_every_weight(freeze):
     """Or another process would wait for its gradients in vain."""
-    model = blip3(video="attention")
+    model = blip3(video="attention", freeze_vision=freeze)
     task = Blip3Task(model, Blip3TaskConfig()).train()
     for images in (True, False):
         model.zero_grad()
@@ -126,6 +127,7 @@ def test_a_batch_without_pictures_still_reaches_every_weight():
         assert all(w.grad is not None for w in model.parameters() if w.requires_grad)
         resampled = model.resampler.latents.grad.abs().max()
         assert (resampled > 0) == images
+    assert any(weight.requires_grad for weight in model.vision.parameters()) != freeze
 
 
 def test_adapters_may_learn_at_a_rate_of_their_own():
