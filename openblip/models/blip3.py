@@ -50,7 +50,7 @@ class Blip3Config:
     grids: (columns, rows) of tiles that a picture may be cut into; of two that fit alike the first is taken.
     temporal: for video: what becomes of the tokens of its frames.
 
-    Raises ConfigError: parts whose widths do not fit, or a language model with an encoder or without added tokens.
+    Raises ConfigError: parts that do not fit each other, or a language model with an encoder or without added tokens.
     """
 
     lm: LmConfig
@@ -74,6 +74,16 @@ class Blip3Config:
             )
         if self.sampling != "fixed" and not self.grids:
             raise ConfigError(f"grids: none, and the sampling {self.sampling!r} cuts pictures into tiles")
+        if self.resampler.max_frames is not None:
+            raise ConfigError(
+                f"resampler.max_frames is {self.resampler.max_frames}: here it samples frame by frame, and `temporal` "
+                "puts them together; wanted null"
+            )
+        if self.temporal is not None and self.temporal.frame_tokens != self.resampler.num_latents:
+            raise ConfigError(
+                f"temporal.frame_tokens is {self.temporal.frame_tokens}, what the resampler makes of a frame "
+                f"{self.resampler.num_latents} (num_latents)"
+            )
         if self.temporal is not None and self.temporal.hidden_size != self.resampler.output_size:
             raise ConfigError(
                 f"temporal.hidden_size is {self.temporal.hidden_size}, what comes out of the resampler "

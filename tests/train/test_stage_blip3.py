@@ -182,7 +182,7 @@ def test_a_language_model_that_trains_whole_is_saved_whole(base, data, language,
 
 def test_a_model_of_pictures_gets_an_encoder_for_videos(base, data, language, tmp_path):
     chosen = recipe("blip3_sft", language, init=str(base), frames=3)
-    videos = replace(chosen.blip3, temporal=TemporalConfig(1, "attention", num_tokens=2))
+    videos = replace(chosen.blip3, temporal=TemporalConfig(1, "attention", num_tokens=2, frame_tokens=3))
     chosen = replace(chosen, blip3=videos)
     model = prepare(chosen, data["chats"]).model
     assert (
