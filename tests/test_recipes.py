@@ -81,6 +81,9 @@ def test_blip3_as_in_the_released_code():
         assert recipe.blip3.freeze_vision and recipe.language.trainable and recipe.train.shard
     assert dpo.language.lora is not None and not dpo.language.trainable and dpo.dpo_task.noise_step
     assert dpo.train.max_steps * dpo.train.batch_size == pytest.approx(62_600, rel=0.01)
+    assert all(
+        recipe_named(f"xgenmm_{name}").blip3.lm.first_added_id == 32012 for name in ("safety", "video")
+    )
     geometry = base.blip3
     assert geometry.tile_grouping == "strip" and geometry.sampling == "anyres"
     assert [geometry.vision_length(*grid) for grid in geometry.grids] == [384, 384, 640, 512, 512]

@@ -28,7 +28,7 @@ def xgenmm_pretrain() -> Recipe:
         grad_checkpointing=True, shard=True, save_every=1000,
     )  # fmt: skip
     return Recipe(
-        "blip3_pretrain", train, blip3=Blip3Config(_language_model(), vision, tile_grouping="strip"),
+        "blip3_pretrain", train, blip3=Blip3Config(_language_model(32012), vision, tile_grouping="strip"),
         language=Language("microsoft/Phi-3-mini-4k-instruct", trainable=True, family="xgenmm"),
         vision_init="google/siglip-so400m-patch14-384", augment=None, max_length=2048, pack=True,
         keep_features=False,  # a tile's are 1.7 MB, and are seen once
@@ -153,6 +153,10 @@ def blip3_small_conditioned() -> Recipe:
     return replace(recipe, blip3=replace(recipe.blip3, resampler=resampler))
 
 
-def _language_model() -> LmConfig:
-    """What stands for the language model until a recipe's `language` is loaded."""
-    return LmConfig({"model_type": "llama"}, added_tokens=len(ADDED_TOKENS))
+def _language_model(first_added_id: int | None = None) -> LmConfig:
+    """What stands for the language model until a recipe's `language` is loaded.
+
+    first_added_id: 32012 in the released weights, where Phi-3's tokenizer ends; its matrix has 32,064 rows.
+    """
+    added = len(ADDED_TOKENS)
+    return LmConfig({"model_type": "llama"}, added_tokens=added, first_added_id=first_added_id)
