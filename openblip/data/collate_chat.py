@@ -156,7 +156,7 @@ class ChatDataset(TiledPictures):
     max_images: int = field(default=MAX_IMAGES, kw_only=True)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """{"tokens", "question": what the user said last, "pixel_values" or "tile_embeds", "grids", "frames", "id"}.
+        """{"tokens", "question": the last in them, "pixel_values" or "tile_embeds", "grids", "frames", "id"}.
 
         Raises:
             BadRow: the row, its conversation or one of its pictures cannot be used.
@@ -171,7 +171,7 @@ class ChatDataset(TiledPictures):
         return {
             **self.sample(row, pictures, len(tokens.runs)),
             "tokens": tokens,
-            "question": found.question,
+            "question": found.question(tokens.answers),
         }
 
 
@@ -198,7 +198,7 @@ class PreferenceDataset(TiledPictures):
             rejected = self.chat.preference(messages, found.rejected, lengths, self.max_length)
         except BadChat as error:
             raise BadRow(error.reason, row.where, error.detail) from error
-        question = found.conversation.question
+        question = found.conversation.question()
         return {
             **self.sample(row, pictures, len(pictures)),
             "chosen": chosen,

@@ -148,6 +148,9 @@ def test_a_chat_that_is_too_long_loses_its_last_images_too():
     short = samples(ChatDataset, row, max_length=len(whole["tokens"]) - 1)[0]
     assert len(whole["grids"]) == 2 and len(short["grids"]) == len(short["pixel_values"]) == 1
     assert runs(torch.tensor(short["tokens"].ids)) == [8]
+    assert (whole["question"], short["question"]) == ("and ?", "what?"), "nothing of what was cut"
+    half = samples(ChatDataset, row, max_length=len(short["tokens"]) - 1)[0]
+    assert half["question"] == "what?" and len(half["tokens"]) == len(short["tokens"]) - 1
     with pytest.raises(BadRow, match="row 5: the first question has") as caught:
         samples(ChatDataset, row, max_length=20)
     assert caught.value.reason == "too_long"
