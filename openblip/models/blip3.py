@@ -233,15 +233,16 @@ class Blip3(TowerModel):
         config: GenerationConfig | None = None,
         *,
         seeds: Sequence[int] | None = None,
+        ends: Sequence[int] = (),
     ) -> Generated:
         """Continue what is embedded [B, L, H]; mask [B, L], 0 for padding, anywhere. See `generation.generate`.
 
-        Raises UserError: prompt and new tokens do not fit into the context.
+        ends: see `ends`. Raises UserError: prompt and new tokens do not fit into the context.
         """
         decoding = self.begin(embeds, mask)
         config = config or GenerationConfig()
         decoding.require_room(config.max_new_tokens)
-        return generate(self.step(decoding), decoding.start_ids, config, seeds=seeds, **self.ends())
+        return generate(self.step(decoding), decoding.start_ids, config, seeds=seeds, **self.ends(ends))
 
     def stream(
         self,
@@ -270,12 +271,13 @@ class Blip3(TowerModel):
 
         return step
 
-    def ends(self) -> dict[str, Any]:
-        """The tokens that end a text, and the one that fills what stands behind."""
-        return {
-            "eos_token_id": [*self.lm.eos_token_ids, self.end_of_chunk_id],
-            "pad_token_id": self.lm.pad_token_id,
-        }
+    def ends(self, more: Sequence[int] = ()) -> dict[str, Any]:
+        """The tokens that end a text, and the one that fills what stands behind.
+
+        more: further ones, such as a chat template's, which may be another than ends the language model's texts.
+        """
+        ids = dict.fromkeys([*self.lm.eos_token_ids, self.end_of_chunk_id, *more])
+        return {"eos_token_id": list(ids), "pad_token_id": self.lm.pad_token_id}
 
     def _groups(
         self, tiles: Tensor, columns: int, rows: int, width: int, height: int

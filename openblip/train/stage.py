@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openblip.config import UserError, to_dict
+from openblip.data.chat import chat_tokenizer
 from openblip.data.collate import (
     CaptionCollator,
     NlvrCollator,
@@ -92,7 +93,7 @@ def run_stage(
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
-    task = task_of(recipe, made.model, ramp).to(device)
+    task = task_of(recipe, made, ramp).to(device)
     result = fit(task, loader, recipe.train, run_dir, evaluate=evaluate, run_config=recipe)
     if result.ema is not None:
         result.ema.copy_to_(task)
@@ -212,8 +213,9 @@ def _augmented(recipe: Recipe, transform: ImageTransform) -> TrainTransform:
     )  # fmt: skip
 
 
-def task_of(recipe: Recipe, model: Any, ramp: int) -> Task:
-    """The stage's losses around its model; ramp: steps of the soft targets'."""
+def task_of(recipe: Recipe, made: Ingredients, ramp: int) -> Task:
+    """The stage's losses around its model. ramp: steps in which soft targets grow to their full share."""
+    model = made.model
     match recipe.stage:
         case "clip":
             return ClipTask(model)
@@ -226,7 +228,9 @@ def task_of(recipe: Recipe, model: Any, ramp: int) -> Task:
         case "blip3_pretrain" | "blip3_sft":
             return Blip3Task(model, recipe.blip3_task)
         case "blip3_dpo":
-            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed))
+            assert made.lm_tokenizer is not None
+            chat = chat_tokenizer(made.lm_tokenizer, model.image_token_id, model.lm.config.family)
+            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed), [chat.end_id])
         case "caption":
             return CaptionTask(model, label_smoothing=recipe.task.label_smoothing)
         case "vqa":

@@ -6,7 +6,7 @@ position_ids [B, L] of packed rows, image_index of shared images, frames [I] of 
 [I, L'].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,9 +94,10 @@ class DpoTask(Task):
 
     model: Blip3
 
-    def __init__(self, model: Blip3, config: DpoTaskConfig) -> None:
+    def __init__(self, model: Blip3, config: DpoTaskConfig, ends: Sequence[int] = ()) -> None:
+        """ends: tokens that end an answer, beside those of the language model (`Blip3.ends`)."""
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.ends = model, config, ends
         self.reference = nn.Module()
         for name, weight in model.named_parameters():
             if weight.requires_grad:  # a name of a buffer holds no dot
@@ -159,7 +160,7 @@ class DpoTask(Task):
         config = GenerationConfig(max_new_tokens=self.config.max_new_tokens)
         with _evaluating(self.model):
             embeds = self.model.embed(heads, vision_runs(self.model, noisy), index)
-            said = self.model.generate(embeds, mask, config)
+            said = self.model.generate(embeds, mask, config, ends=self.ends)
         rows = [
             torch.cat([row[:prompt], answer[:length]])
             for row, prompt, answer, length in zip(ids, prompts, said.sequences, said.lengths, strict=True)

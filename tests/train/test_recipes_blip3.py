@@ -69,7 +69,7 @@ def made(name, phi3):
 @pytest.mark.parametrize("name", BEGINS_WITH)
 def test_it_can_start(name, phi3):
     recipe, found = made(name, phi3)
-    task = task_of(recipe, found.model, 0)
+    task = task_of(recipe, found, 0)
     trained = {part for part, weight in task.named_parameters() if weight.requires_grad}
     adapters = {part for part in trained if "lora_" in part}
     if name in ("xgenmm_dpo", "xgenmm_safety"):
@@ -78,6 +78,10 @@ def test_it_can_start(name, phi3):
         assert not adapters and any("resampler" in part for part in trained)
         assert any("qkv_proj" in part for part in trained) and any("added_words" in part for part in trained)
     assert not any(".vision." in part for part in trained)
+    if name == "xgenmm_dpo":
+        assert list(task.ends) == found.lm_tokenizer.encode_rendered("<|end|>"), (
+            "as the answers it learns from"
+        )
 
 
 def test_adapters_alone_need_adapters(phi3):

@@ -263,6 +263,10 @@ def test_a_second_rejected_answer_comes_from_noisy_pictures():
         said = model.generate(seen, torch.ones(1, first), GenerationConfig(max_new_tokens=4))
         answer = misled["labels"][row]
         assert answer[answer != -100].tolist() == said.sequences[0, : said.lengths[0]].tolist()
+    token = misled["input_ids"][0, int((found["labels"][0] != -100).nonzero()[0])].item()
+    task.ends = [token]
+    task.begin_step(0)
+    assert (task._misled(found)["labels"][0] != -100).sum() == 1, "what ends a turn ends an answer"
     with pytest.raises(UserError, match="noise is put on pixels"):
         task(
             {
