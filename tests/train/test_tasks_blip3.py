@@ -156,17 +156,30 @@ def test_it_learns_a_batch_by_heart(settings):
             assert said.sequences[0].tolist() == wanted[wanted != -100].tolist()
 
 
-def test_activations_recomputed_change_nothing():
-    gradients = []
-    for is_on in (False, True):
-        model = blip3(trainable=True)
-        task = Blip3Task(model, Blip3TaskConfig()).train()
+@pytest.mark.parametrize("settings", [{"trainable": True}, {"lora": tiny.ADAPTERS}, {}])
+def test_activations_recomputed_change_nothing(settings):
+    """A frozen language model keeps them too, for what is trained in it or before it."""
+    gradients, runs, ran = [], [], []
+    model = blip3(**settings)
+    model.lm.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    task = Blip3Task(model, Blip3TaskConfig()).train()
+    for is_on in (False, True, False):
+        model.zero_grad()
+        ran.clear()
         task.set_grad_checkpointing(is_on)
         task(batch())["lm"].backward()
+        runs.append(len(ran))
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert model.lm.model.model.layers[0].gradient_checkpointing and model.resampler.checkpointing
+    assert runs == [1, 2, 1] and gradients[0].keys() == gradients[1].keys()
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_cannot_be_run_again_are_said(monkeypatch):
+    model = blip3()
+    monkeypatch.setattr(model.lm.model, "modules", lambda: iter([model.lm.model.lm_head]))
+    with pytest.raises(ConfigError, match="grad_checkpointing: not for the layers of a llama"):
+        model.set_grad_checkpointing()
 
 
 def test_dpo_by_hand():
