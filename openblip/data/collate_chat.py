@@ -212,12 +212,14 @@ class InterleavedDataset(TiledPictures):
     """Documents of text and images, and pictures with captions (§4.5, pre-training).
 
     A picture that cannot be read leaves its place; its bad row is in the sample's "problems". A document without a
-    readable one is bad itself, unless it never had one. `max_images` cuts a document before the next.
+    readable one is bad itself, unless it never had one. `max_images` cuts a document before the next;
+    `count_end_of_chunk`: see `interleaved`.
     """
 
     tokenizer: LmTokenizer = field(kw_only=True)
     added: AddedTokens = field(kw_only=True)
     max_images: int | None = field(default=None, kw_only=True)
+    count_end_of_chunk: bool = field(default=True, kw_only=True)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """{"tokens", "pixel_values" or "tile_embeds": a list, "grids", "frames", "id", "problems": list of BadRow}.
@@ -243,7 +245,10 @@ class InterleavedDataset(TiledPictures):
             raise BadRow(first.reason, row.where, f"none of its images can be read; {first}")
         document = document.without_images(problems)
         tiles = list(pictures.values())
-        tokens = document_tokens(document, self.lengths(tiles), self.tokenizer, self.added, self.max_length)
+        tokens = document_tokens(
+            document, self.lengths(tiles), self.tokenizer, self.added, self.max_length,
+            count_end_of_chunk=self.count_end_of_chunk,
+        )  # fmt: skip
         if not tokens.is_counted:
             raise BadRow("too_long", row.where, f"no text within the first {self.max_length} tokens")
         return {

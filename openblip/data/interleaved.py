@@ -6,6 +6,8 @@ A chunk is all the text between two images; it is stripped, and empty ones are n
 image ends with <|endofchunk|>, so that a model shown a few examples knows where the next begins; the text before the
 first image and an image with no text behind it have none. Every text token, <|endofchunk|> and the end token are
 counted, images and the start are not. (OpenFlamingo's documents; it puts a token also behind an image without text.)
+xGen-MM's released code does not count <|endofchunk|>, against its authors' intention, as a remark in it says; with
+`count_end_of_chunk` False, nor does this.
 
 A document that is too long, or has more images than are wanted, ends before the image that does not fit, or inside its
 last text: without an end token.
@@ -92,6 +94,8 @@ def document_tokens(
     tokenizer: LmTokenizer,
     added: AddedTokens,
     max_length: int | None = None,
+    *,
+    count_end_of_chunk: bool = True,
 ) -> Tokens:
     """Ids and labels as at the head of this file, at most `max_length`.
 
@@ -107,8 +111,9 @@ def document_tokens(
 
     def end_chunk() -> None:
         if chunk:
-            end = [added.end_of_chunk] if seen else []
-            pieces.append(Tokens.text([*tokenizer.encode("\n\n".join(chunk)), *end], counted=True))
+            pieces.append(Tokens.text(tokenizer.encode("\n\n".join(chunk)), counted=True))
+            if seen:
+                pieces.append(Tokens.text([added.end_of_chunk], counted=count_end_of_chunk))
             chunk.clear()
 
     for part in document.parts:

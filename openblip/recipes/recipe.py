@@ -70,6 +70,7 @@ class Recipe:
     max_length: tokens of a text; for BLIP-3 of a whole row, vision tokens included.
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
+    count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
@@ -97,6 +98,7 @@ class Recipe:
     prompt: str = ""
     bucket: bool = False
     pack: bool = False
+    count_end_of_chunk: bool = True
     max_images: int = 4
     frames: int = 8
     workers: int = 2

@@ -56,8 +56,9 @@ def blip3_loader(
             )
         added = AddedTokens(model.image_token_id)
         dataset = InterleavedDataset(
-            rows, tiles, tokenizer=words, added=added, max_images=recipe.max_images, **how
-        )
+            rows, tiles, tokenizer=words, added=added, max_images=recipe.max_images,
+            count_end_of_chunk=recipe.count_end_of_chunk, **how,
+        )  # fmt: skip
         collate = PackedCollator(words, recipe.max_length) if recipe.pack else ChatCollator(words)
     else:
         chat = chat_tokenizer(words, model.image_token_id, model.lm.config.family)

@@ -250,6 +250,12 @@ def test_documents_are_cut_before_an_image():
     assert caught.value.reason == "too_long"
 
 
+@pytest.mark.parametrize("count", [True, False])
+def test_a_documents_chunks_end_counted_or_not(count):
+    (sample,) = samples(InterleavedDataset, document(picture("wide"), "x"), count_end_of_chunk=count)
+    assert (1002 in sample["tokens"].labels) == count and 1002 in sample["tokens"].ids
+
+
 def test_documents_go_unpacked_too():
     batch = ChatCollator(LM)(samples(InterleavedDataset, document(picture("wide", 10), "ten"), document("x")))
     assert [runs(row) for row in batch["input_ids"]] == [[8], []] and "position_ids" not in batch
