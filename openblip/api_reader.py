@@ -83,9 +83,7 @@ class ChatReader:
         family = model.lm.config.family
         can_chat = family in CHAT_TEMPLATES or words.has_chat_template
         self._format = chat_tokenizer(words, model.image_token_id, family) if can_chat else None
-        self.ends: dict[str, Any] = model.ends()
-        if self._format is not None and self._format.end_id not in self.ends["eos_token_id"]:
-            self.ends["eos_token_id"] = [*self.ends["eos_token_id"], self._format.end_id]
+        self.ends = model.ends([] if self._format is None else [self._format.end_id])
 
     @property
     def chat_format(self) -> ChatTokenizer:

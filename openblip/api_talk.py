@@ -73,7 +73,7 @@ class Talk:
         if len(self.messages) < 2:
             raise UserError("undo: nothing has been said yet")
         self.messages = self.messages[:-2]
-        left = sum(message["content"].count(IMAGE) for message in self.messages)
+        left = sum(one["content"].count(IMAGE) for one in self.messages if one["role"] != "assistant")
         self.images, self._seen = self.images[:left], self._seen[:left]
         self._runs = self._runs[:left]
 

@@ -175,6 +175,31 @@ def test_an_answer_spelled_as_its_tokenizer_spells_is_not_read_again(models, ima
         assert counts == [new + (5 if again else 0)]
 
 
+@pytest.mark.parametrize("spelled", ["<image> or <image>", "so <|im_end|> it is", "<|endofchunk|>"])
+def test_a_talk_goes_on_whatever_an_answer_spells(models, images, spelled, monkeypatch):
+    """Letter by letter, as any model may."""
+    model, columns = models["plain"], models["plain"].reader.columns
+    letters, end = model.reader.words.encode(spelled), model.reader.chat_format.end_id
+
+    def dictated(decoding, config):
+        decoding(decoding.start_ids, None)
+        for token in (*letters, end):
+            yield torch.tensor([token])
+            if token != end:
+                decoding(torch.tensor([[token]]), None)
+
+    talk = model.conversation()
+    monkeypatch.setattr(model.reader, "columns", dictated)
+    assert talk.say("what?", images[0]) == spelled
+    monkeypatch.setattr(model.reader, "columns", columns)
+    answer = talk.say("and <image>?", images[1], max_new_tokens=8)
+    assert answer == model.chat(talk.messages[:-1], images[:2], max_new_tokens=8)
+    talk.undo()
+    assert talk.images == images[:1] and talk.messages[-1]["content"] == spelled
+    assert talk.say("and <image>?", images[1], max_new_tokens=8) == answer
+    assert model.chat(said("a", spelled, "<image> b"), images[0], max_new_tokens=2) is not None
+
+
 @pytest.mark.parametrize("kind", ["plain", "conditioned", "window"])
 def test_the_last_turn_can_be_taken_back(models, images, kind):
     model = models[kind]
@@ -243,6 +268,7 @@ def test_where_pictures_stand():
         "where it was shown"
     )
     assert placed(said("a", "b", "c"), 1, "") == said("<image>\na", "b", "c")
+    assert placed(said("a", "<image>", "c"), 1, "") == said("<image>\na", "<image>", "c")
     assert placed(said("a", "", "c"), 0, "") == said("a", "", "c"), "a model may have said nothing"
     system = {"role": "system", "content": "Be brief."}
     assert placed([system, *said("a")], 1, "") == [system, *said("<image>\na")]
