@@ -15,6 +15,7 @@ import openblip
 from openblip.config import UserError
 from openblip.data.collate import PairCollator, PairDataset
 from openblip.data.loader import Loader
+from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
 from openblip.data.text import bert_uncased
 from openblip.hub import Pretrained, load_pretrained
@@ -157,6 +158,51 @@ def test_a_finished_run_is_not_trained_again(data, first):
     assert result.fit.step == STEPS and not result.fit.interrupted
     assert {name: (first / name).read_bytes() for name in files} == before
     assert checkpoint.latest(first) == newest and newest.stat().st_mtime_ns == stamp
+
+
+def test_a_run_of_something_else_is_neither_taken_nor_gone_on_with(data, first, pictures, tmp_path):
+    begun, model = (first / "begun.json").read_bytes(), (first / "model/model.safetensors").read_bytes()
+    records = [{"file_name": f"{word}.png", "caption": f"a {word} thing"} for word in WORDS[:5]]
+    others = source(pictures, "others", records, tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"made otherwise: data.rows was 6 and is 5; data.sha256 was .* use a new"
+    ):
+        run_stage(recipe(), others, first)
+    changed = recipe()
+    changed.train.lr = 2e-3
+    with pytest.raises(
+        UserError, match=r"otherwise: recipe.train.lr was 0.001 and is 0.002; use a new folder$"
+    ):
+        run_stage(changed, data["pretrain"], first)
+    with pytest.raises(UserError, match=r"init.model.safetensors was None and is "):
+        run_stage(recipe(init=str(first / "model")), data["pretrain"], first)
+    assert (first / "begun.json").read_bytes() == begun, "a refused call leaves no trace"
+    assert (first / "model/model.safetensors").read_bytes() == model
+
+    swapped = [Row(word, [str(pictures / f"{word}.png")], [f"a {word} thing"]) for word in WORDS]
+    run_stage(recipe(), swapped, tmp_path / "run")
+    swapped[0].captions, swapped[1].captions = swapped[1].captions, swapped[0].captions
+    with pytest.raises(UserError, match=r"otherwise: data.sha256 was"):
+        run_stage(recipe(), swapped, tmp_path / "run")
+
+
+def test_a_run_may_be_made_longer_and_log_more(data, tmp_path):
+    run_stage(recipe(steps=1), data["pretrain"], tmp_path)
+    longer = recipe(steps=2, workers=1)
+    longer.train.warmup_steps, longer.train.save_every, longer.train.keep_checkpoints = 1, 1, 3
+    assert run_stage(longer, data["pretrain"], tmp_path).fit.step == 2
+    begun = json.loads((tmp_path / "begun.json").read_text())
+    del begun["recipe"]["prompt"]  # a setting that was unknown when the run began
+    (tmp_path / "begun.json").write_text(json.dumps(begun))
+    assert run_stage(longer, data["pretrain"], tmp_path).fit.step == 2
+
+
+def test_what_never_trained_a_step_binds_nobody(data, tmp_path):
+    with pytest.raises(UserError, match="6 rows do not fill one batch of 64"):
+        wrong = recipe()
+        wrong.train.batch_size = 64
+        run_stage(wrong, data["pretrain"], tmp_path)
+    assert run_stage(recipe(steps=1), data["pretrain"], tmp_path).fit.step == 1
 
 
 @pytest.mark.parametrize("frozen", [False, True])
