@@ -72,6 +72,7 @@ class Recipe:
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
     count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
+    single_answer_weight: of an answer, in VQA, where only one person was asked (BLIP's code: 0.2, for Visual Genome).
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
@@ -100,6 +101,7 @@ class Recipe:
     bucket: bool = False
     pack: bool = False
     count_end_of_chunk: bool = True
+    single_answer_weight: float = 1.0
     max_images: int = 4
     frames: int = 8
     workers: int = 2

@@ -222,7 +222,8 @@ def _loader(
         transform = made.transform if recipe.augment is None else _augmented(recipe, made.transform)
     dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset
     if recipe.stage == "vqa":
-        dataset = VqaDataset(rows, transform, features=features)
+        weight = recipe.single_answer_weight
+        dataset = VqaDataset(rows, transform, features=features, single_answer_weight=weight)
     elif recipe.stage == "nlvr":
         dataset = NlvrDataset(rows, transform, features=features)
     elif recipe.stage == "instruct":

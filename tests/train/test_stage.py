@@ -13,6 +13,7 @@ from PIL import Image
 
 import openblip
 from openblip.config import UserError
+from openblip.convert.weights import LoadReport
 from openblip.data.collate import PairCollator, PairDataset
 from openblip.data.loader import Loader
 from openblip.data.rows import Row
@@ -274,6 +275,18 @@ def test_the_same_recipe_prepares_the_same_model_whatever_was_drawn_before(data)
     assert_equal(*made)
 
 
+def test_where_one_person_was_asked_an_answer_weighs_what_the_recipe_says(data, first, pictures, tmp_path):
+    records = [{"file_name": f"{word}.png", "question": "what?", "answer": word} for word in WORDS]
+    asked = source(pictures, "genome", records, tmp_path / "cache")
+    losses = []
+    for weight in (1.0, 0.2):
+        chosen = recipe("vqa", steps=1, init=str(first / "model"), single_answer_weight=weight, augment=None)
+        chosen.model.text.dropout = 0.0
+        run_stage(chosen, asked, tmp_path / str(weight))
+        losses.append(metrics(tmp_path / str(weight))[0]["losses"]["lm"])
+    assert losses[1] == pytest.approx(0.2 * losses[0], rel=0.05)
+
+
 def test_a_stage_refuses_a_start_it_cannot_use(data, first, tmp_path):
     def start(model) -> Pretrained:
         return Pretrained(model, bert_uncased(), None, {}, load_pretrained(first / "model").report)
@@ -297,6 +310,19 @@ def test_a_fine_tune_does_not_silently_begin_with_random_weights(stage, data, fi
         prepare(recipe(stage), [], init=load_pretrained(first / "model")),
     ):
         assert torch.equal(made.model.state_dict()["vision.class_embedding"], wanted)
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "caption", "vqa", "nlvr"])
+def test_a_fine_tune_drops_as_much_of_the_tower_as_its_recipe_says(stage):
+    chosen = recipe(stage)
+    chosen.model.vision = replace(chosen.model.vision, num_hidden_layers=2)
+    start = Blip(chosen.model)
+    chosen.model = replace(chosen.model, vision=replace(chosen.model.vision, drop_path_rate=0.3))
+    init = Pretrained(start, bert_uncased(), None, {}, LoadReport())
+    made = prepare(chosen, [], init=init).model
+    assert [block.drop_path.rate for block in made.vision.blocks] == [0, 0.3]
+    assert made.config.vision.drop_path_rate == 0.3 and start.config.vision.drop_path_rate == 0
+    assert_equal(made.vision.state_dict(), start.vision.state_dict())
 
 
 def test_a_fine_tune_may_begin_with_pretrained_parts(monkeypatch):
