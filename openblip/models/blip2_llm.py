@@ -79,6 +79,9 @@ class Blip2Llm(nn.Module):
         self.lm = LanguageModel(config.lm) if lm is None else lm
         self.projection = nn.Linear(config.blip2.qformer.hidden_size, self.lm.hidden_size)
         self.projection.apply(init_weights)
+        first = config.first_token_id
+        if first is not None and not 0 <= first < self.lm.vocab_size:
+            raise ConfigError(f"first_token_id {first}: the language model has {self.lm.vocab_size} tokens")
 
     @property
     def vision(self) -> nn.Module:
