@@ -8,7 +8,7 @@ Shapes: b conversations, L tokens, K vision tokens of a picture, H width of the 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from openblip.models.blip3 import Blip3
 from openblip.models.decoding import Decoding
 from openblip.models.generation import GenerationConfig, generate, stream
 
-MAX_ANSWER = 768  # new tokens of an answer, as in the released code, where the context has room for them
+MAX_ANSWER = 768  # new tokens of an answer, as in the released code; of a small context, a quarter
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,13 @@ class Prompt:
     where: str
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Generation options; with `shrinks`, max_new_tokens was not given, and is as many as there is room for."""
-
-    config: GenerationConfig
-    shrinks: bool = False
-
-    @classmethod
-    def of(cls, usual: dict[str, Any], generation: dict[str, Any]) -> "Wish":
-        """A caller's options over the usual ones."""
-        config = options({"max_new_tokens": MAX_ANSWER, **usual}, generation)
-        return cls(config, "max_new_tokens" not in {**usual, **generation})
-
-    def one_text(self) -> "Wish":
-        """This one. Raises UserError: it cannot be said as it is written, or is for several texts."""
-        beams, texts = self.config.num_beams, self.config.num_return_sequences
-        if beams > 1:
-            raise UserError(f"num_beams {beams}: beam search cannot stream; set num_beams to 1")
-        if texts > 1:
-            raise UserError(f"num_return_sequences {texts}: a stream is of one text")
-        return self
+def one_text(config: GenerationConfig) -> GenerationConfig:
+    """These options. Raises UserError: they are of what cannot be said as it is written, or of several texts."""
+    if config.num_beams > 1:
+        raise UserError(f"num_beams {config.num_beams}: beam search cannot stream; set num_beams to 1")
+    if config.num_return_sequences > 1:
+        raise UserError(f"num_return_sequences {config.num_return_sequences}: a stream is of one text")
+    return config
 
 
 class ChatReader:
@@ -83,9 +69,7 @@ class ChatReader:
         family = model.lm.config.family
         can_chat = family in CHAT_TEMPLATES or words.has_chat_template
         self._format = chat_tokenizer(words, model.image_token_id, family) if can_chat else None
-        self.ends: dict[str, Any] = model.ends()
-        if self._format is not None and self._format.end_id not in self.ends["eos_token_id"]:
-            self.ends["eos_token_id"] = [*self.ends["eos_token_id"], self._format.end_id]
+        self.ends = model.ends([] if self._format is None else [self._format.end_id])
 
     @property
     def chat_format(self) -> ChatTokenizer:
@@ -134,23 +118,21 @@ class ChatReader:
         counted = [i for i in self.chat_format.preference(asked, answer, []).labels if i >= 0]
         return counted[: counted.index(self.chat_format.end_id) + 1]
 
-    def limited(self, prompt: Prompt, wish: Wish) -> GenerationConfig:
-        """The options, with as many new tokens as are wished for, or as there is room for.
+    def options(self, usual: dict[str, Any], generation: dict[str, Any]) -> GenerationConfig:
+        """A caller's options over the usual ones. If nobody says how long an answer may be: `MAX_ANSWER`."""
+        context = self.model.lm.context_length or 4 * MAX_ANSWER
+        most = max(1, min(MAX_ANSWER, context // 4))
+        return options({"max_new_tokens": most, **usual}, generation)
 
-        Raises UserError: there is not, and by how many tokens.
-        """
-        context, wanted = self.model.lm.context_length, wish.config.max_new_tokens
-        if context is None:
-            return wish.config
-        tokens, images = prompt.tokens, prompt.tokens.runs
-        least = 1 if wish.shrinks else wanted
-        if (over := len(tokens) + least - context) > 0:
+    def require_room(self, prompt: Prompt, new_tokens: int) -> None:
+        """Nothing. Raises UserError: there is no room for so many new tokens, and by how many."""
+        context, tokens, images = self.model.lm.context_length, prompt.tokens, prompt.tokens.runs
+        if context is not None and (over := len(tokens) + new_tokens - context) > 0:
             seen = sum(stop - start for start, stop in images)
             raise UserError(
-                f"{prompt.where}: {len(tokens)} tokens, {seen} of them for {len(images)} images, and {least} to write "
-                f"are {over} more than the {context} of this language model's context"
+                f"{prompt.where}: {len(tokens)} tokens, {seen} of them for {len(images)} images, and {new_tokens} to "
+                f"write (max_new_tokens) are {over} more than the {context} of this language model's context"
             )
-        return replace(wish.config, max_new_tokens=min(wanted, context - len(tokens)))
 
     def _lengths(self, grids: Sequence[Grid]) -> list[int]:
         return [self.model.config.vision_length(*grid[:2]) for grid in grids]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from openblip.cli_chat import chat
+from openblip.cli_convert import convert
 from openblip.cli_make import (
     as_json,
     bootstrap,
@@ -209,20 +210,20 @@ def eval(
 
 
 def info(what: What = "", how: How = AS_USUAL, json: bool = False) -> None:
-    """Say what a model folder or a data set holds; without an argument: the version and the recipes.
+    """Say what a model or a data set holds; without an argument: the version and the recipes.
 
     Args:
-        what: a model folder, a hub name, or data: a file, a folder, a pattern, local or remote (`s3://...`).
+        what: a model folder, a file of weights, a hub name, or data: a file, a folder, a pattern, local or remote
+            (`s3://...`).
         json: print it as JSON.
     """
     from openblip import __version__
 
-    is_folder = Path(what).exists() and not (Path(what) / "config.json").is_file()
     if not what:
         from openblip.recipes import RECIPES
 
         found: dict[str, Any] = {"openblip": __version__, "recipes": list(RECIPES)}
-    elif is_folder or "://" in what or set(what) & set("*?[{"):  # which no model's name has
+    elif _is_data(what):
         source = how.open(what, require_captions=False)
         found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
     else:
@@ -238,6 +239,17 @@ def info(what: What = "", how: How = AS_USUAL, json: bool = False) -> None:
         }
         found |= {"info": made.info, "weights": str(made.report)}
     print_answer(found, json, lambda: _lines(found))
+
+
+def _is_data(what: str) -> bool:
+    """Whether `info` is asked about data, and not about a model or a name on the hub."""
+    from openblip.convert.files import SUFFIXES
+
+    if "://" in what or set(what) & set("*?[{"):  # which no model's name has
+        return True
+    place = Path(what)
+    is_model = (place / "config.json").is_file() or (place.is_file() and place.suffix in SUFFIXES)
+    return place.exists() and not is_model
 
 
 def _say_skipped(bad: "BadRows") -> None:
@@ -269,6 +281,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "eval": eval,
     "info": info,
+    "convert": convert,
     "push": push,
 }
 

@@ -41,7 +41,7 @@ def chat(
         message: what to say, instead of asking for it; give it once for each turn. A marker <image> may stand where a
             picture stands, otherwise they stand in front.
         system: told to the model before the conversation.
-        max_new_tokens: longest answer; by default 768, or as many as there is room for.
+        max_new_tokens: longest answer; by default 768, or a quarter of a small context. There must be room for it.
         min_new_tokens: shortest answer.
         do_sample: nucleus sampling instead of the likeliest token each time.
         top_p: of nucleus sampling.

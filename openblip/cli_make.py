@@ -76,7 +76,7 @@ def train(
             proportion to the square root of the sizes (InstructBLIP §2.4) unless `take` says otherwise.
         out: run folder; the model lands in its `model` folder.
         take: how many rows of each of several data sets, drawn by the seed 42; otherwise all of them.
-        init: model folder or hub name to begin with; a fine-tune needs one.
+        init: model folder, file of original weights, or hub name to begin with; a fine-tune needs one.
         tokenizer: folder with a vocabulary, for a CLIP that begins with nothing.
         features: folder for what a frozen vision tower makes of the pictures; stages on the same pictures share it.
         steps: optimizer steps, instead of the recipe's.

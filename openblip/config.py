@@ -151,6 +151,8 @@ def _explain(cls: type, error: Any) -> str:
     """One of pydantic's findings as a sentence of ours: the key, what was got, what was wanted."""
     kind = error["type"]
     path, owner, wanted = _follow(cls, error["loc"])
+    if kind == "missing" and isinstance(path[-1], int):  # a tuple too short: told of as one too long
+        kind, path, wanted = "tuple", path[:-1], owner
     if kind in ("unexpected_keyword_argument", "missing"):
         key, hints = str(path[-1]), _hints(owner)
         place = f"{_dotted(path[:-1])}: " if path[:-1] else ""

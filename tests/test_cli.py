@@ -215,6 +215,7 @@ assert not heavy, heavy
 POSITIONAL = {
     "recipe": "RECIPE", "images": "IMAGE ...", "image": "IMAGE", "texts": "TEXT ...", "question": "QUESTION",
     "query": "QUERY", "what": "WHAT", "task": "{retrieval,caption,vqa}", "folder": "FOLDER", "name": "OWNER/NAME",
+    "source": "SOURCE", "target": "OUT",
 }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     top, *pages = done.stdout.split("===== \n")[-1].split("===== ")
-    assert len(pages) == len(cli.COMMANDS) == 12
+    assert len(pages) == len(cli.COMMANDS) == 13
     for (name, command), page in zip(cli.COMMANDS.items(), pages, strict=True):
         assert page.startswith(name) and name in top
         parameters = inspect.signature(command).parameters

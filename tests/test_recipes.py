@@ -81,6 +81,9 @@ def test_blip3_as_in_the_released_code():
         assert recipe.blip3.freeze_vision and recipe.language.trainable and recipe.train.shard
     assert dpo.language.lora is not None and not dpo.language.trainable and dpo.dpo_task.noise_step
     assert dpo.train.max_steps * dpo.train.batch_size == pytest.approx(62_600, rel=0.01)
+    assert all(
+        recipe_named(f"xgenmm_{name}").blip3.lm.first_added_id == 32012 for name in ("safety", "video")
+    )
     geometry = base.blip3
     assert geometry.tile_grouping == "strip" and geometry.sampling == "anyres"
     assert [geometry.vision_length(*grid) for grid in geometry.grids] == [384, 384, 640, 512, 512]
@@ -93,6 +96,9 @@ def test_pretraining_as_in_the_paper():
         assert train.steps_per_epoch * train.batch_size == pytest.approx(14e6, rel=0.001)
         assert train.max_steps / train.steps_per_epoch == pytest.approx(20, abs=0.2)
         assert recipe_named(name).augment.crop == (0.2, 1.0) and recipe_named(name).ramp_epochs == 2
+        assert recipe_named(name).text_init.endswith("bert-base-uncased")
+    assert "deit-base" in recipe_named("blip_base").vision_init
+    assert "in21k" in recipe_named("blip_large").vision_init
     task = recipe_named("blip_base").task
     assert task == BlipTaskConfig(queue_size=57600, momentum=0.995, alpha=0.4, negatives="local")
     assert task.negative_floor == 1e-4 and not task.match_ids and task.label_smoothing == 0.1
@@ -129,6 +135,12 @@ def test_small_recipes_begin_one_with_another():
         assert then.model == first.model and then.max_length == first.max_length
         assert then.vision_init is None and then.text_init is None and then.calibrate == 0
     assert first.vision_init and first.model.freeze_vision and first.augment is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_cosine_falls(name):
+    train = recipe_named(name).train
+    assert train.schedule != "cosine" or train.min_lr < train.lr
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -6,16 +6,15 @@ import torch
 
 from openblip.config import UserError
 from openblip.convert.lm import LmDtype, lm_folder, load_lm
-from openblip.convert.tower import load_tower_
 from openblip.data.prompts import LmTokenizer
 from openblip.hub import Pretrained
 from openblip.models.blip3 import ADDED_TOKENS, Blip3
-from openblip.models.lm import LanguageModel
+from openblip.models.lm import LanguageModel, is_adapter
 from openblip.recipes import Language, Recipe
 
 
 def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmTokenizer]:
-    """The model a stage of BLIP-3 trains, and the tokenizer of its language model.
+    """The model a stage of BLIP-3 trains, but for its tower's weights, and the tokenizer of its language model.
 
     Raises:
         UserError: nothing to begin with that the stage could use; a language model that cannot be had, or trained
@@ -29,16 +28,19 @@ def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmToken
             raise UserError(
                 f"{recipe.stage}: begins with a trained BLIP-3; set `init` (--init FOLDER, or a hub name)"
             )
-        return _joined(recipe, recipe.language)
+        model, words = _joined(recipe, recipe.language)
+        _freeze_(model, recipe.language)
+        return model, words
     if not isinstance(init.model, Blip3) or init.lm_tokenizer is None:
         raise UserError(f"{recipe.stage}: begins with a BLIP-3, not with a {type(init.model).__name__}")
     model = _with_temporal(_with_language(init.model, recipe.language), recipe)
     _halve_frozen_(model.lm, recipe)
+    _freeze_(model, recipe.language)
     return model, init.lm_tokenizer
 
 
 def _joined(recipe: Recipe, language: Language) -> tuple[Blip3, LmTokenizer]:
-    """A tower and a language model from elsewhere, and between them a fresh resampler."""
+    """A tower, still to be filled, a language model from elsewhere, and between them a fresh resampler."""
     geometry = recipe.blip3
     assert geometry is not None
     half = recipe.train.precision == "bf16" and not language.trainable
@@ -51,8 +53,6 @@ def _joined(recipe: Recipe, language: Language) -> tuple[Blip3, LmTokenizer]:
     resampler = replace(geometry.resampler, output_size=lm.hidden_size)
     temporal = geometry.temporal and replace(geometry.temporal, hidden_size=lm.hidden_size)
     model = Blip3(replace(geometry, lm=lm.config, resampler=resampler, temporal=temporal), lm)
-    if recipe.vision_init is not None:
-        load_tower_(model.vision, recipe.vision_init)
     family = language.family or lm.config.config["model_type"]
     return model, LmTokenizer.load(lm_folder(language.source), family)
 
@@ -92,6 +92,16 @@ def _with_temporal(model: Blip3, recipe: Recipe) -> Blip3:
     found = Blip3(replace(model.config, temporal=temporal), model.lm)
     found.vision, found.resampler = model.vision, model.resampler
     return found
+
+
+def _freeze_(model: Blip3, language: Language) -> None:
+    """All but the adapters, if they are to be trained alone."""
+    if not language.adapters_alone:
+        return
+    if model.lm.config.lora is None:
+        raise UserError("language.adapters_alone: this language model has no adapters; set language.lora")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(is_adapter(name))
 
 
 def _halve_frozen_(lm: LanguageModel, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openblip.config import UserError, differences, from_dict, to_dict
 from openblip.data import discover
+from openblip.data.chat import chat_tokenizer
 from openblip.data.collate import (
     CaptionCollator,
     NlvrCollator,
@@ -26,11 +27,12 @@ from openblip.data.collate import (
     text_lengths,
 )
 from openblip.data.collate_lm import InstructDataset, LmCollator, PrefixDataset
-from openblip.data.features import FeatureCache, build_features
+from openblip.data.features import FeatureCache, TileCache, build_features
 from openblip.data.loader import Loader
 from openblip.data.mixture import MixedRows, Mixture
 from openblip.data.rows import BadRows
 from openblip.data.text import clean_caption
+from openblip.data.tiles import TileTransform
 from openblip.data.transforms import ImageTransform, TrainTransform
 from openblip.hub import Pretrained, save_pretrained
 from openblip.models.blip3 import Blip3
@@ -75,13 +77,14 @@ def run_stage(
     model taken for theirs; only its length, and what it logs and keeps, may change (`_MAY_CHANGE`).
 
     features: what the frozen vision tower makes of the pictures, or a folder to keep it in, which stages on the same
-        pictures can share; `run_dir`/features if none is given, the tower is frozen, and nothing is augmented.
+        pictures can share; `run_dir`/features if none is given, the recipe keeps features, the tower is frozen, and
+        nothing is augmented.
     evaluate: see `loop.fit`. info: for the model card. report: called with (pictures done, pictures in all) while the
         tower looks at them.
 
     Raises:
         UserError: the folder holds a run of another recipe or other rows; a folder for features, and a tower that is
-            trained or pictures that are augmented.
+            trained, pictures that are augmented, or videos.
     """
     run_dir = Path(run_dir)
     device = distributed.init_from_env()
@@ -94,16 +97,20 @@ def run_stage(
         part = run_dir / ".begun.json.part"
         part.write_text(json.dumps(begun, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(run_dir / "begun.json")  # in one step: other ranks may be reading it
+    if made.reports:
+        told = "\n".join(map(str, made.reports))
+        (run_dir / "begins_with.txt").write_text(f"{told}\n", encoding="utf-8")
     listed = run_dir / "bad_rows.jsonl"
     is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
-    is_fixed = is_fixed and not isinstance(
-        made.model, Blip3
-    )  # whose pictures have different numbers of tiles
+    if isinstance(made.model, Blip3):  # of videos there are too many frames, and noise is put on pixels
+        noise = recipe.stage == "blip3_dpo" and recipe.dpo_task.noise_step is not None
+        is_fixed = is_fixed and made.model.temporal is None and not noise
     if features is not None and not is_fixed:
         raise UserError(
-            "features: only a frozen tower, shown whole pictures without augmentation, always makes the same"
+            "features: only a frozen tower, shown pictures without augmentation or noise and no videos, always makes "
+            "the same"
         )
-    if is_fixed and not isinstance(features, FeatureCache):
+    if is_fixed and not isinstance(features, FeatureCache) and (recipe.keep_features or features is not None):
         folder = run_dir / "features" if features is None else Path(features)
         features = cache_features(
             made, rows, folder, workers=recipe.workers, bad=BadRows(listed), report=report
@@ -112,7 +119,7 @@ def run_stage(
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
-    task = _task(recipe, made.model, ramp).to(device)
+    task = task_of(recipe, made, ramp).to(device)
     result = fit(task, loader, recipe.train, run_dir, evaluate=evaluate, run_config=recipe)
     if result.ema is not None:
         result.ema.copy_to_(task)
@@ -178,7 +185,8 @@ def cache_features(
     bad: BadRows | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> FeatureCache:
-    """What the vision tower makes of every picture of `rows`, under the deterministic transform, in bfloat16."""
+    """What the vision tower makes of every picture of `rows`, under the deterministic transform, in bfloat16; of a
+    BLIP-3's every tile."""
     vision = made.model.vision.eval()
     device = next(vision.parameters()).device
 
@@ -190,9 +198,14 @@ def cache_features(
     for name, value in sorted(vision.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    fingerprint = {"vision": digest.hexdigest(), "transform": to_dict(made.transform), "precision": "bf16"}
+    transform: ImageTransform | TileTransform = made.transform
+    fingerprint: dict[str, Any] = {"vision": digest.hexdigest(), "transform": to_dict(transform)}
+    fingerprint["precision"] = "bf16"
+    if isinstance(made.model, Blip3):
+        transform = TileTransform(made.transform, made.model.config.used_grids)
+        fingerprint["grids"] = transform.grids
     return build_features(
-        folder, fingerprint, rows, made.transform, encode, workers=workers, bad=bad, report=report
+        folder, fingerprint, rows, transform, encode, workers=workers, bad=bad, report=report
     )
 
 
@@ -202,7 +215,8 @@ def _loader(
     """Dataset, collator and order of a stage."""
     if isinstance(made.model, Blip3):
         assert made.lm_tokenizer is not None
-        return blip3_loader(recipe, made.model, made.lm_tokenizer, made.transform, rows, bad)
+        tiles = None if features is None else TileCache(features)
+        return blip3_loader(recipe, made.model, made.lm_tokenizer, made.transform, rows, bad, tiles)
     assert made.tokenizer is not None
     transform: ImageTransform | TrainTransform | None = None
     if features is None:
@@ -263,8 +277,9 @@ def _augmented(recipe: Recipe, transform: ImageTransform) -> TrainTransform:
     )  # fmt: skip
 
 
-def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
-    """The stage's losses around its model."""
+def task_of(recipe: Recipe, made: Ingredients, ramp: int) -> Task:
+    """The stage's losses around its model. ramp: steps in which soft targets grow to their full share."""
+    model = made.model
     match recipe.stage:
         case "clip":
             return ClipTask(model)
@@ -277,7 +292,9 @@ def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
         case "blip3_pretrain" | "blip3_sft":
             return Blip3Task(model, recipe.blip3_task)
         case "blip3_dpo":
-            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed))
+            assert made.lm_tokenizer is not None
+            chat = chat_tokenizer(made.lm_tokenizer, model.image_token_id, model.lm.config.family)
+            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed), [chat.end_id])
         case "caption":
             return CaptionTask(model, label_smoothing=recipe.task.label_smoothing)
         case "vqa":
