@@ -25,18 +25,26 @@ __all__ = [
 
 
 def load(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: str = "fp32", batch_size: int = 16
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "fp32",
+    batch_size: int = 16,
+    vision: str | Path | None = None,
+    lm: str | Path | None = None,
 ) -> Pipeline:
-    """Load a model folder (ours or transformers') or a hub name.
+    """Load a model folder (ours or transformers'), a hub name or a file of original weights.
 
     device: where it runs; a GPU if there is one. dtype: "fp32", or "bf16" (faster where the processor has it), or
-    "int8" for a model with a language model, whose linear layers then have 8 bits, and all else is bf16. Raises
-    UserError for a name that is no model, an unknown dtype, or a model this class cannot run.
+    "int8" for a model with a language model, whose linear layers then have 8 bits, and all else is bf16.
+    vision, lm: image tower and language model of an original BLIP-2 file, see `hub.load_pretrained`. Raises UserError
+    for a name that is no model, an unknown dtype, or a model this class cannot run.
     """
     if dtype not in (*DTYPES, "int8"):
         raise UserError(f'dtype must be "fp32", "bf16" or "int8", not {dtype!r}')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = load_pretrained(name)
+    stored = torch.float32 if dtype == "fp32" else torch.bfloat16  # a large model never stands there twice
+    found = load_pretrained(name, dtype=stored, vision=vision, lm=lm)
     kinds: dict[type, type[Pipeline]] = {Blip2Llm: LlmPipeline, Blip3: ChatPipeline}
     kind = kinds.get(type(found.model), Pipeline)
     return kind(found, device=device, dtype=dtype, batch_size=batch_size)

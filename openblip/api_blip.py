@@ -25,6 +25,7 @@ from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.models.generation import GenerationConfig, stream
 from openblip.models.localize import localize
+from openblip.models.vit import ImageTower
 
 MAX_CAPTION_TOKENS = 35  # the released code's limit when matching and embedding
 _MAY_CHANGE = ("\ufffd", "'")  # an end of a text that more tokens may turn into another
@@ -74,7 +75,7 @@ class Pipeline:
             raise UserError(f"dtype {dtype!r} is for language models; this model takes {' or '.join(DTYPES)}")
         self.model = pretrained.model.eval().requires_grad_(False).to(device)
         _cast_(self.model, DTYPES[dtype])
-        reads = getattr(self.model.config, "text", "") is not None
+        reads = self.model.config.text is not None
         if pretrained.transform is None or (pretrained.tokenizer is None and reads):
             raise UserError(
                 "this model came without its tokenizer or its image transform, so it cannot be used"
@@ -204,16 +205,18 @@ class Pipeline:
         """float32 [B, P] ([P] for one image): token 0 projected and L2-normalised, the ITC vector.
 
         Its dot product with `embed_texts` is the cosine that retrieval ranks by. BLIP-2 gives one vector per
-        query, [B, Q, P]; there it is the largest of the Q dot products (see `similarity`).
+        query, [B, Q, P]; there it is the largest of the Q dot products (see `similarity`). An image tower by itself
+        gives its token 0 as it is.
         """
-        self._require(self.matcher is not None, "embedding")
+        model: Any = self.model if isinstance(self.model, ImageTower) else self.matcher
+        self._require(model is not None, "embedding")
         single, images = listed(images)
         if not images:
-            config = self.matcher.config
-            queries = [config.qformer.num_query_tokens] if isinstance(self.matcher, Blip2) else []
-            return np.zeros((0, *queries, config.projection_dim), np.float32)
+            queries = [model.config.qformer.num_query_tokens] if isinstance(model, Blip2) else []
+            width = getattr(model.config, "projection_dim", None) or model.config.hidden_size
+            return np.zeros((0, *queries, width), np.float32)
         with torch.inference_mode():
-            parts = [self.matcher.image_features(embeds).float().cpu() for embeds, _ in self.encoded(images)]
+            parts = [model.image_features(embeds).float().cpu() for embeds, _ in self.encoded(images)]
         vectors = torch.cat(parts).numpy()
         return vectors[0] if single else vectors
 

@@ -112,6 +112,23 @@ def load_json(cls: type[T], path: str | Path) -> T:
     return from_dict(cls, data, str(path))
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two JSON objects, a phrase for each: `"train.lr was 0.1 and is 0.2"`."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}".strip(".")).items()}
+
+
 def _plain(value: Any, where: str, path: tuple[str | int, ...]) -> Any:
     """`value` made of dicts, lists, strings, finite numbers, bools and None only."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -134,6 +151,8 @@ def _explain(cls: type, error: Any) -> str:
     """One of pydantic's findings as a sentence of ours: the key, what was got, what was wanted."""
     kind = error["type"]
     path, owner, wanted = _follow(cls, error["loc"])
+    if kind == "missing" and isinstance(path[-1], int):  # a tuple too short: told of as one too long
+        kind, path, wanted = "tuple", path[:-1], owner
     if kind in ("unexpected_keyword_argument", "missing"):
         key, hints = str(path[-1]), _hints(owner)
         place = f"{_dotted(path[:-1])}: " if path[:-1] else ""

@@ -1,4 +1,4 @@
-"""Models in folders: ours, transformers', and by name from the Hugging Face hub.
+"""Models in folders: ours, transformers', and by name from the Hugging Face hub; and files of original weights.
 
     config.json          model_type, our version, the model's configuration, image transform, facts about it,
                          and the frozen parts that are named instead of held (see `convert.frozen`)
@@ -7,7 +7,7 @@
     lm_tokenizer/        that of a language model whose weights are here
     README.md            the model card
 
-What a folder holds is recognised from config.json and the names of the tensors. Weights fit completely or are
+What a folder or file holds is recognised from config.json and the names of the tensors. Weights fit completely or are
 refused, with the names of those that do not; `Pretrained.report` says what became of each.
 """
 
@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from openblip import __version__
 from openblip.config import UserError, from_dict, save_json, to_dict
-from openblip.convert.files import publish, read_object, read_weights, save_weights
+from openblip.convert.files import WEIGHTS, publish, read_object, read_weights, save_weights
 from openblip.convert.frozen import FrozenPart, bring_in_, leave_out_
-from openblip.convert.huggingface import from_huggingface, to_huggingface
-from openblip.convert.huggingface_config import image_transform
-from openblip.convert.lm import lm_folder, load_lm
+from openblip.convert.lm import load_lm
+from openblip.convert.pretrained import Pretrained, from_another_layout_, lm_tokenizer, reads_text
+from openblip.convert.processor import for_transformers, save_processor
 from openblip.convert.weights import (
     LM,
     SYSTEMS,
@@ -44,26 +44,16 @@ from openblip.data.prompts import LmTokenizer
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
 from openblip.model_card import model_card
-from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.lm import LanguageModel, is_adapter
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer\.json|lm_tokenizer")
-
-
-@dataclass
-class Pretrained:
-    """A model as it was saved, in eval mode, and what belongs to it."""
-
-    model: Any  # of `convert.weights.SYSTEMS`
-    tokenizer: Tokenizer | None
-    transform: ImageTransform | None
-    info: dict[str, Any]
-    report: LoadReport
-    frozen: dict[str, str] = field(default_factory=dict)  # parts that came from elsewhere: {module: source}
-    lm_tokenizer: LmTokenizer | None = None  # of its language model
+# What saving replaces: files of ours, and of transformers.
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|lm_tokenizer|qformer_tokenizer"
+    r"|(generation|processor|preprocessor)_config\.json|chat_template\.jinja"
+)
 
 
 @dataclass
@@ -107,11 +97,7 @@ def save_pretrained(
             frozen part or source that is not known.
         ConfigError: `info` holds something JSON cannot.
     """
-    kind = next(
-        (name for name, (cls, _) in SYSTEMS.items() if type(getattr(model, "config", None)) is cls), None
-    )
-    if kind is None:
-        raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
+    kind = _kind_of(model)
     _check_tokenizer(tokenizer, model.config, "save_pretrained")
     weights = model.state_dict()
     for _, *others in tied_names(model):
@@ -122,12 +108,10 @@ def save_pretrained(
     if lm is not None and lm.source is not None:
         weights = {k: v for k, v in weights.items() if not k.startswith(LM) or is_adapter(k)}
     card = _Card(kind, __version__, to_dict(model.config), transform, info or {}, named)
-    if dtype is not None:
-        weights = {name: v.to(dtype) if v.is_floating_point() else v for name, v in weights.items()}
 
     def write(part: Path) -> None:
         save_json(card, part / "config.json")
-        save_weights(weights, part)
+        save_weights(_in(dtype, weights), part)
         if tokenizer is not None:
             tokenizer.save(part)
         if lm_tokenizer is not None and lm is not None and lm.source is None:
@@ -138,48 +122,114 @@ def save_pretrained(
     publish(Path(folder), _is_ours, write)
 
 
-def save_for_transformers(model: nn.Module, folder: str | Path) -> None:
-    """Write config.json and model.safetensors as transformers reads them, for its own class of this model.
+def save_for_transformers(
+    model: nn.Module | Pretrained,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    transform: ImageTransform | None = None,
+    info: dict[str, Any] | None = None,
+    lm_tokenizer: LmTokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    approximate: bool = False,
+) -> list[str]:
+    """Write a folder that transformers loads with its own classes and processor; see `convert.processor`.
 
-    Raises UserError if there is no such class; BLIP's halves go one by one (`without_encoder`,
-    `without_decoder`).
+    All weights are in it, also those of parts that our own folders name. Adapters are added to what they adapt.
+
+    Args:
+        model: with what belongs to it, as `load_pretrained` gives it; or alone, and the rest as in `save_pretrained`.
+            What is not given is not written: without image transform and tokenizers there is no processor.
+        dtype: of the file; None keeps the model's.
+        approximate: allow what transformers cannot hold exactly: one epsilon for the norms of the tower and the one
+            behind it (1e-6 and 1e-5 in the released BLIP-2; the tower's is taken, as in transformers' own conversion).
+
+    Returns what deserves to be known about the folder.
+
+    Raises UserError if there is no such class; BLIP's halves go one by one (`without_encoder`, `without_decoder`).
     """
-    config, weights = to_huggingface(model)
+    found = (
+        model
+        if isinstance(model, Pretrained)
+        else Pretrained(model, tokenizer, transform, info or {}, LoadReport(), lm_tokenizer=lm_tokenizer)
+    )
+    kind = _kind_of(found.model)
+    config, weights, notes = for_transformers(found, approximate=approximate)
 
     def write(part: Path) -> None:
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_weights(weights, part)
+        save_weights(_in(dtype, weights), part)
+        save_processor(part, config, found.transform, found.tokenizer, found.lm_tokenizer)
+        page = model_card(
+            found.model, kind, Path(folder).resolve().name, __version__, found.info, found.frozen,
+            transformers=config["architectures"][0],
+        )  # fmt: skip
+        (part / "README.md").write_text(page, encoding="utf-8")
 
     publish(Path(folder), _is_ours, write)
+    return notes
 
 
 def load_pretrained(
-    name_or_folder: str | Path, *, image_size: int | None = None, dtype: torch.dtype | None = torch.float32
+    name_or_path: str | Path,
+    *,
+    image_size: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    tokenizer: str | Path | None = None,
+    vision: str | Path | None = None,
+    lm: str | Path | None = None,
 ) -> Pretrained:
-    """Load a folder of ours or of transformers (see `convert.huggingface`), or either by its name on the hub.
+    """Load a folder of ours or of transformers, either by its name on the hub, or a file of original weights.
 
-    Nothing in a folder is executed: weights are safetensors, or pickles read with `weights_only`.
+    `convert.recognise` lists what is known. Nothing that is loaded is executed: weights are safetensors, or
+    pickles read with `weights_only`. They stay mapped to their file until they are used.
 
     Args:
         image_size: for images of this many pixels instead; position embeddings are resized, for fine-tuning
             at a higher resolution (BLIP §4.1).
         dtype: of the weights; None keeps the file's own.
+        tokenizer: a folder with the tokenizer, for weights that come without.
+        vision, lm: the file of the image tower and the language model (a folder, a name on the hub, a `.gguf` file) of
+            an original BLIP-2 or InstructBLIP file, which holds what was trained.
 
     Raises:
-        UserError: no such folder or name, no weights in it, a damaged file, a model that is not known.
+        UserError: no such path or name, no weights in it, a damaged file, a model that is not known.
         ConfigError: config.json is no configuration of such a model.
         WeightsError: tensors that are missing, not known, of another shape, or copies of one tensor that
             differ.
     """
-    folder = _find_folder(name_or_folder)
-    config = read_object(folder / "config.json")
-    weights = read_weights(folder, dtype)
-    load = _load_ours if "openblip_version" in config else _load_theirs
-    found = load(folder, config, weights, image_size)
-    _check_tokenizer(found.tokenizer, found.model.config, str(folder))
+    place, config, weights = read_checkpoint(name_or_path, dtype)
+    if "openblip_version" in config:
+        if vision is not None or lm is not None:
+            raise UserError(f"{place}: names its own parts; leave `vision` and `lm` out")
+        found = _load_ours(place, config, weights, image_size)
+        if tokenizer is not None and reads_text(found.model.config):
+            found.tokenizer = Tokenizer.load(tokenizer)
+    else:
+        found = from_another_layout_(
+            place, config, weights, image_size=image_size, tokenizer=tokenizer, vision=vision, lm=lm
+        )
+    _check_tokenizer(found.tokenizer, found.model.config, str(place))
     if image_size is not None and found.transform is not None:
-        found.transform = replace(found.transform, image_size=image_size)
+        found.transform = found.transform.at(image_size)
     return found
+
+
+def read_checkpoint(
+    name_or_path: str | Path, dtype: torch.dtype | None = torch.float32
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """What is there, as it is: (the folder or file, its config.json or {}, its tensors). See `load_pretrained`."""
+    place = _find(name_or_path)
+    config = read_object(place / "config.json") if place.is_dir() else {}
+    return place, config, read_weights(place, dtype)
+
+
+def _kind_of(model: nn.Module) -> str:
+    """Its name in `SYSTEMS`."""
+    for name, (cls, _) in SYSTEMS.items():
+        if type(getattr(model, "config", None)) is cls:
+            return name
+    raise UserError(f"a {type(model).__name__} cannot be saved; what can is {', '.join(SYSTEMS)}")
 
 
 def _load_ours(
@@ -211,7 +261,7 @@ def _load_ours(
     report.interpolated = resize_positions_(weights, model.state_dict())
     fill_(model, weights, where)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    words = _lm_tokenizer(model, folder / "lm_tokenizer")
+    words = lm_tokenizer(model, folder / "lm_tokenizer")
     return Pretrained(model, tokenizer, card.image_transform, card.info, report, sources, words)
 
 
@@ -228,38 +278,6 @@ def _language_model(settings: Any, weights: Mapping[str, Tensor]) -> LanguageMod
     )  # fmt: skip
     found.config.family = lm.family
     return found
-
-
-def _lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
-    """The tokenizer of a model's language model, if it has one: from its source, or from a folder."""
-    if not hasattr(model, "lm"):
-        return None
-    settings = model.lm.config
-    place = folder if settings.source is None else Path(lm_folder(settings.source))
-    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    family = settings.family or settings.config["model_type"]
-    return LmTokenizer.load(place, family, encoder_decoder=model.lm.is_encoder_decoder)
-
-
-def _load_theirs(
-    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], image_size: int | None
-) -> Pretrained:
-    model, report = from_huggingface(config, weights, str(folder), image_size=image_size)
-    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-    processor = next((read_object(file) for file in files if file.is_file()), None)
-    vision = getattr(model.config, "vision", model.config)
-    transform, notes = image_transform(config["model_type"], vision.image_size, processor)
-    report.notes += notes
-    tokenizer, place = None, folder
-    if isinstance(model, Blip2Llm):  # InstructBLIP keeps the Q-Former's beside that of the language model
-        place = folder / "qformer_tokenizer"
-    if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        tokenizer = Tokenizer.load(place)
-    elif getattr(model.config, "qformer_text", hasattr(model.config, "text")):
-        report.notes.append("no tokenizer in this folder")
-    info, words = {"converted_from": report.layout}, _lm_tokenizer(model, folder)
-    return Pretrained(model, tokenizer, transform, info, report, lm_tokenizer=words)
 
 
 def push_to_hub(
@@ -340,31 +358,38 @@ def _check_tokenizer(tokenizer: Tokenizer | None, config: Any, where: str) -> No
         raise UserError(f"{where}: the tokenizer has {tokens} tokens, the model knows {text.vocab_size}")
 
 
-def _find_folder(name_or_folder: str | Path) -> Path:
-    folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder}: a file; wanted the folder it is in, with config.json and the weights")
-    if isinstance(name_or_folder, Path) or not _NAME.fullmatch(name_or_folder):
-        raise UserError(f"{folder}: no such folder (a name on the Hugging Face hub looks like owner/name)")
+def _find(name_or_path: str | Path) -> Path:
+    """The folder or file that is meant; the weights of a folder stand for the folder."""
+    place = Path(name_or_path).expanduser()
+    if place.exists():
+        is_part = place.name in WEIGHTS and (place.parent / "config.json").is_file()
+        return place.parent if is_part else place
+    if isinstance(name_or_path, Path) or not _NAME.fullmatch(name_or_path):
+        raise UserError(
+            f"{place}: no such folder or file (a name on the Hugging Face hub looks like owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = Path(
             snapshot_download(
-                name_or_folder, allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors"]
+                name_or_path, allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors"]
             )
         )
         if not any(found.glob("model*.safetensors")):
-            snapshot_download(name_or_folder, allow_patterns=["pytorch_model*.bin"])
+            snapshot_download(name_or_path, allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name_or_folder}: no such folder here, and the hub does not give it: {why}"
-        ) from None
+        raise UserError(f"{name_or_path}: no such folder here, and the hub does not give it: {why}") from None
     return found
+
+
+def _in(dtype: torch.dtype | None, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in a dtype, if one is wanted."""
+    if dtype is None:
+        return weights
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def _is_ours(name: str) -> bool:

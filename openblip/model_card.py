@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _CARD = """---
-library_name: openblip
-tags: [{kind}, image-text]
+library_name: {library}
+{licence}tags: [{kind}, image-text]
 ---
 
 # {name}
@@ -15,10 +15,7 @@ A model that {use}. {cls} with {millions:.1f}M parameters, for images of
 {size}; saved by openblip {version}.
 
 ```python
-import openblip
-
-model = openblip.load("path/to/this/folder")
-{example}
+{code}
 ```
 
 {frozen}## Trained on
@@ -26,6 +23,39 @@ model = openblip.load("path/to/this/folder")
 {trained_on}
 """
 
+_OURS = """\
+import openblip
+
+model = openblip.load("path/to/this/folder")
+{example}"""
+
+_THEIRS = """\
+from PIL import Image
+from transformers import AutoProcessor, {cls}
+
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+model = {cls}.from_pretrained("path/to/this/folder")
+{example}"""
+_INPUTS = (
+    'inputs = processor(images=Image.open("a.jpg").convert("RGB"), text="{text}", return_tensors="pt")\n'
+)
+_SAID = "print(processor.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))"
+_THEIR_EXAMPLES = {  # by the class of transformers
+    "BlipForConditionalGeneration": _INPUTS.format(text="{prompt}") + _SAID,
+    "BlipForQuestionAnswering": _INPUTS.format(text="what is the dog doing?") + _SAID,
+    "BlipForImageTextRetrieval": _INPUTS.format(text="a dog on a beach")
+    + """\
+cosine = model(**inputs, use_itm_head=False).itm_score
+inputs["input_ids"][:, 0] = processor.tokenizer.convert_tokens_to_ids("[ENC]")  # as this model was trained
+print(cosine, model(**inputs).itm_score.softmax(dim=1)[:, 1])""",
+    "Blip2ForImageTextRetrieval": _INPUTS.format(text="a dog on a beach")
+    + """\
+print(model(**inputs).logits_per_image, model(**inputs, use_image_text_matching_head=True).logits_per_image)""",
+    "Blip2ForConditionalGeneration": _INPUTS.format(text="Question: what is the dog doing? Short answer:")
+    + _SAID,
+    "InstructBlipForConditionalGeneration": _INPUTS.format(text="What is the dog doing?") + _SAID,
+    "CLIPModel": _INPUTS.format(text="a dog on a beach") + "print(model(**inputs).logits_per_image)",
+}
 _MATCHING = (
     "says how well a text fits an image and embeds both for search",
     'model.match("a.jpg", "a dog on a beach")',
@@ -60,14 +90,22 @@ def model_card(
     version: str,
     info: dict[str, Any],
     frozen: Mapping[str, str] | None = None,
+    *,
+    transformers: str | None = None,
 ) -> str:
     """README.md of the model `name`, of a `kind` that `convert.weights.SYSTEMS` lists; `info` and `frozen` as
-    `save_pretrained` takes them.
+    `save_pretrained` takes them. transformers: the class there that the folder is for, instead of ours.
     """
     config = model.config
     use, example = _use(config, kind, info)
     info = dict(info)
     trained_on, metrics = info.pop("trained_on", "Not stated."), info.pop("metrics", {})
+    licence, commands = info.pop("licence", None), info.pop("commands", [])
+    code = _OURS.format(example=example)
+    if transformers is not None:
+        begun = str(info.get("prompt", "")).strip()
+        shown = _THEIR_EXAMPLES.get(transformers, "").replace("{prompt}", begun)
+        code = _THEIRS.format(cls=transformers, example=shown)
     text = _CARD.format(
         kind=kind,
         name=name,
@@ -76,10 +114,14 @@ def model_card(
         millions=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         size=_size(config),
         version=version,
-        example=example,
+        library="openblip" if transformers is None else "transformers",
+        licence=f"license: {licence}\n" if licence else "",
+        code=code.rstrip(),
         trained_on=trained_on,
-        frozen=_frozen(config, frozen or {}),
+        frozen=_frozen(config, frozen or {}, is_whole=transformers is not None),
     )
+    if commands:
+        text += "\n".join(["\n## Commands\n", "```bash", *commands, "```", ""])
     if metrics:
         rows = [
             f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |"
@@ -122,16 +164,15 @@ def _size(config: Any) -> str:
     return f"any size, which it sees as a whole and in up to {most} tiles of {pixels}"
 
 
-def _frozen(config: Any, named: Mapping[str, str]) -> str:
-    """The section about what was not trained and is not in this folder, or only held here."""
+def _frozen(config: Any, named: Mapping[str, str], *, is_whole: bool) -> str:
+    """The section about what was not trained and is not in this folder, or, if it `is_whole`, only held here."""
     lm, stage1 = getattr(config, "lm", None), getattr(config, "blip2", config)
-    lines = [f"- {module}: {source}, not in this folder" for module, source in named.items()]
+    where = "" if is_whole else ", not in this folder"
+    lines = [f"- {module}: {source}{where}" for module, source in named.items()]
     if getattr(stage1, "freeze_vision", False) and not any("vision" in module for module in named):
         lines.insert(0, "- vision, the image tower")
     if lm is not None and not lm.trainable:
-        place = (
-            f"from {lm.source} (sha256 {lm.sha256}), not in this folder" if lm.source else "in this folder"
-        )
+        place = f"from {lm.source} (sha256 {lm.sha256}){where}" if lm.source else "in this folder"
         adapters = "; its LoRA adapters were trained" if lm.lora is not None else ""
         lines.append(f"- lm, the language model ({lm.config['model_type']}): {place}{adapters}")
     return "\n".join(["## Frozen parts\n", *lines, "", ""]) if lines else ""

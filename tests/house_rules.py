@@ -50,6 +50,7 @@ IMPORTS = [
     ("train.tasks_blip3", f"config models train.objectives train.tasks {PLUMBING}"),
     ("train.matching", f"models train.objectives {PLUMBING}"),  # one ITM for BLIP and BLIP-2
     ("train.start", "config models"),                      # weights of one model into another
+    ("train.initialise", OPEN),                            # parts from anywhere into a fresh model
     ("train.ingredients", f"{OPEN} recipes train"),        # a recipe's model, with the weights it begins with
     ("train.ingredients_blip3", f"{OPEN} recipes train"),
     ("train.batches_blip3", f"{OPEN} recipes train"),      # rows to batches, as a recipe says
@@ -70,8 +71,10 @@ IMPORTS = [
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end
-    ("cli_make", "*"),                                     # parts of the roof
+    ("cli_shared", OPEN),                                  # parts of the roof
+    ("cli_make", "*"),
     ("cli_chat", "*"),
+    ("cli_convert", "*"),
     ("cli", "*"),                                          # the roof stands on everything
 ]
 # fmt: on

@@ -137,6 +137,10 @@ WRONG = {
         {"lr": 1, "limit": 1.5},
         "run.json: limit: got 1.5 (float), wanted int or str or null",
     ),
+    "tuple too short": (
+        {"lr": 1, "betas": []},
+        "run.json: betas: got [] (list), wanted tuple[float, float]",
+    ),
     "tuple too long": (
         {"lr": 1, "betas": [0, 1, 2]},
         "run.json: betas: got [0, 1, 2] (list), wanted tuple[float, float]",

@@ -50,6 +50,15 @@ def test_files_named_in_documents_exist():
     assert not missing, missing
 
 
+def test_every_layout_of_blip_and_transformers_is_in_the_table_of_checkpoints():
+    from openblip.convert import huggingface, lavis
+
+    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("| `")]
+    for layout in (*huggingface.LAYOUTS, *lavis.LAYOUTS):
+        assert any(row.startswith(f"| `{layout.name}`") for row in rows), layout.name
+
+
 def test_every_recipe_named_in_the_readme_exists():
     from openblip.recipes import RECIPES
 

@@ -313,19 +313,13 @@ def test_where_no_folder_can_be(tmp_path):
     ("name", "message"),
     [
         ("no/such/folder", "no such folder"),
-        ("nosuch", "no such folder .a name on the Hugging Face hub looks like owner/name"),
+        ("nosuch", "no such folder or file .a name on the Hugging Face hub looks like owner/name"),
         ("some-owner/some-name", "some-owner/some-name: no such folder here, and the hub does not give it"),
     ],
 )
 def test_a_name_that_is_nowhere(name, message):
     with pytest.raises(UserError, match=message):
         load_pretrained(name)
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="a file; wanted the folder"):
-        load_pretrained(tmp_path / "model.safetensors")
 
 
 def test_a_name_on_the_hub(tmp_path, monkeypatch):
@@ -482,7 +476,7 @@ def test_a_pickle_that_would_run_code_is_refused(captioner):
     (captioner / "model.safetensors").unlink()
     torch.save({"a": Evil()}, captioner / "pytorch_model.bin")
     with pytest.raises(
-        UserError, match=r"pytorch_model.bin: cannot be read as weights: Weights only load failed"
+        UserError, match=r"pytorch_model.bin: cannot be read as weights: it would call posix.system;"
     ):
         load_pretrained(captioner)
     torch.save([1, 2], captioner / "pytorch_model.bin")

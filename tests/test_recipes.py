@@ -96,6 +96,9 @@ def test_pretraining_as_in_the_paper():
         assert train.steps_per_epoch * train.batch_size == pytest.approx(14e6, rel=0.001)
         assert train.max_steps / train.steps_per_epoch == pytest.approx(20, abs=0.2)
         assert recipe_named(name).augment.crop == (0.2, 1.0) and recipe_named(name).ramp_epochs == 2
+        assert recipe_named(name).text_init.endswith("bert-base-uncased")
+    assert "deit-base" in recipe_named("blip_base").vision_init
+    assert "in21k" in recipe_named("blip_large").vision_init
     task = recipe_named("blip_base").task
     assert task == BlipTaskConfig(queue_size=57600, momentum=0.995, alpha=0.4, negatives="local")
     assert task.negative_floor == 1e-4 and not task.match_ids and task.label_smoothing == 0.1

@@ -47,17 +47,25 @@ def save_vqa(folder: Path) -> Path:
     return folder
 
 
-def save_blip2(folder: Path, seed: int = 5) -> Path:
+def save_blip2(folder: Path, seed: int = 5, *, vision: VisionConfig = VISION) -> Path:
     torch.manual_seed(seed)
     text = QFormerConfig(30524, 16, 2, 2, 32, dropout=0.0, num_query_tokens=3)
-    model = Blip2(Blip2Config(VISION, text, projection_dim=8))
+    model = Blip2(Blip2Config(vision, text, projection_dim=8))
     _liven_(model)
     save_pretrained(model, folder, tokenizer=bert_uncased(), transform=ImageTransform(image_size=32))
     return folder
 
 
-def save_blip2_llm(folder: Path, lm: str = "llama", *, instruct: bool = False, heads: bool = True) -> Path:
-    """Stage 2 with a random language model of the family `lm` whose vocabulary is the bytes; it can chat.
+def save_blip2_llm(
+    folder: Path,
+    lm: str = "llama",
+    *,
+    instruct: bool = False,
+    heads: bool = True,
+    vision: VisionConfig = VISION,
+    **changes: Any,
+) -> Path:
+    """Stage 2 with a random language model of the family `lm` (and `changes`), whose words are the bytes; it can chat.
 
     The image and the instruction have a say in what is written. With `heads`, stage 1 is kept whole.
     """
@@ -73,8 +81,9 @@ def save_blip2_llm(folder: Path, lm: str = "llama", *, instruct: bool = False, h
     settings = {**CONFIGS[lm], "vocab_size": len(tokenizer), "max_position_embeddings": 160}
     settings |= {"pad_token_id": words.pad_id, "eos_token_id": words.end_id}
     settings |= {"decoder_start_token_id": words.pad_id} if encoder_decoder else {}
+    settings |= changes
     qformer = QFormerConfig(30524, 16, 2, 2, 32, dropout=0.0, num_query_tokens=3, text=heads or instruct)
-    stage1 = Blip2Config(VISION, qformer, projection_dim=8, encoder=heads, decoder=heads)
+    stage1 = Blip2Config(vision, qformer, projection_dim=8, encoder=heads, decoder=heads)
     torch.manual_seed(6)
     model = Blip2Llm(Blip2LlmConfig(LmConfig(settings), stage1, qformer_text=instruct))
     for part in (model.blip2, model.projection):

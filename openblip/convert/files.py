@@ -1,6 +1,7 @@
-"""Model folders on disk: weights are read whole, damage is named, and what is written appears whole or not at all."""
+"""Weights on disk: they are read whole, damage is named, and what is written appears whole or not at all."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from openblip.config import UserError
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their <name>.index.json, which lists several
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder; or <name>.index.json, which lists several
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # that single files of weights usually have
+_STATE = ("model", "state_dict", "model_state_dict")  # where checkpoints of training runs keep the weights
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -30,27 +33,64 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_weights(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """All tensors of the weight files of a folder, on the CPU, floating-point ones in `dtype`."""
+def read_weights(place: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors of a file, or of the weight files of a folder, on the CPU, floating-point ones in `dtype`.
+
+    What a file is, its first bytes tell. They are mapped, not read: what keeps its dtype stays where it is on disk
+    until it is looked at, and what changes it is copied one tensor at a time. A checkpoint with more in it
+    than weights (`{"model": ..., "optimizer": ...}`) is read for its weights.
+
+    Raises UserError: damaged, no weights, or a file that would run code. Nothing in it is ever run.
+    """
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            is_safe = file.suffix == ".safetensors"
-            found = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{file}: not there, though the index lists it") from None
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged, or no safetensors file: {error}") from None
-        except Exception as error:  # torch raises half a dozen kinds for a file it cannot or will not read
-            raise UserError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise UserError(f"{file}: wanted names and tensors, nothing else")
-        weights |= {name: v.to(dtype) if v.is_floating_point() else v for name, v in found.items()}
+    for file in _weight_files(place) if place.is_dir() else [place]:
+        found = _read_file(file)
+        for name in list(found):
+            value = found.pop(name)
+            weights[name] = value.to(dtype) if value.is_floating_point() else value
     return weights
 
 
+def _read_file(file: Path) -> dict[str, Tensor]:
+    found: Any
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:] == b"{":  # the length of a header, and the header
+            found = load_file(file)
+        else:
+            is_zip = start.startswith(b"PK")  # otherwise torch's format before 1.6, which cannot be mapped
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except FileNotFoundError:
+        raise UserError(f"{file}: not there, though the index lists it") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged, or no safetensors file: {error}") from None
+    except Exception as error:  # torch raises half a dozen kinds for a file it cannot or will not read
+        raise UserError(f"{file}: cannot be read as weights: {_reason(error)}") from None
+    for key in _STATE:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(
+            f"{file}: wanted names and tensors, nothing else, or a checkpoint with them as {', '.join(_STATE)}"
+        )
+    return dict(found)
+
+
+def _reason(error: Exception) -> str:
+    """Why torch does not read a file. Its own words are advice to run what is in it."""
+    told = str(error)
+    if name := re.search(r"GLOBAL (\S+)", told):
+        return f"it would call {name[1]}; a file of weights calls nothing, and this one is not opened"
+    if "TorchScript" in told:
+        return "it is a program (TorchScript), which is not opened"
+    if told.startswith("Weights only load failed"):
+        return "damaged, or no weights at all"
+    return told.strip().splitlines()[0] if told.strip() else type(error).__name__
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
@@ -60,7 +100,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index}: weight_map does not name the files beside it")
             return [folder / name for name in names]
     raise UserError(
-        f"{folder}: no weights in it; wanted one of {', '.join(_WEIGHTS)}, or an index of several files"
+        f"{folder}: no weights in it; wanted one of {', '.join(WEIGHTS)}, or an index of several files"
     )
 
 

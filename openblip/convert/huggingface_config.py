@@ -1,10 +1,10 @@
 """config.json of transformers' models <-> our configurations; most fields have the same name in both."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from openblip.config import UserError, from_dict
-from openblip.data.transforms import ImageTransform
 from openblip.models.blip import BlipConfig
 from openblip.models.blip2 import Blip2Config
 from openblip.models.blip2_llm import Blip2LlmConfig
@@ -32,6 +32,8 @@ _CLIP_TEXT_MODEL = {
 _DINOV2_VIT = _VIT | {
     "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "layerscale_value": 1.0,
 }  # fmt: skip
+_SIGLIP_VIT = _BLIP_VIT | {"image_size": 224, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_IMAGENET_VIT = _BLIP_VIT | {"image_size": 224, "layer_norm_eps": 1e-12}
 _EVA_VIT = {
     "hidden_size": 1408, "num_hidden_layers": 39, "num_attention_heads": 16, "intermediate_size": 6144,
     "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6,
@@ -43,6 +45,7 @@ _QFORMER = {
 }  # fmt: skip
 # Not in their files, but in ours: [CLS] and [SEP] are BERT's, and [DEC] is the word behind BERT's last.
 _QFORMER_TOKENS = {"cls_token_id": 101, "sep_token_id": 102, "dec_token_id": 30522}
+_FAMILY = "lm_family"  # a key of ours: an InstructBLIP around another llama than Vicuna is not taken for one
 _NOT_THE_MODEL = {"transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -136,6 +139,20 @@ def dinov2(config: Mapping[str, Any]) -> VisionConfig:
     return from_dict(VisionConfig, found, "config.json")
 
 
+def siglip(config: Mapping[str, Any]) -> VisionConfig:
+    """SiglipVisionModel, or the image tower of a SiglipModel."""
+    section = _section(config, "vision_config") if config.get("model_type") == "siglip" else config
+    found = _read(section, _SIGLIP_VIT) | {"class_token": False}
+    return from_dict(VisionConfig, found, "config.json")
+
+
+def vit(config: Mapping[str, Any]) -> VisionConfig:
+    """ViTModel and DeiTModel."""
+    if not config.get("qkv_bias", True):
+        raise UserError("config.json: qkv_bias false is not supported")
+    return from_dict(VisionConfig, _read(config, _IMAGENET_VIT), "config.json")
+
+
 def blip2_retrieval(config: Mapping[str, Any]) -> Blip2Config:
     """Blip2ForImageTextRetrieval: no head that writes."""
     vision, qformer = _blip2_parts(config)
@@ -156,10 +173,8 @@ def blip2_llm(config: Mapping[str, Any]) -> Blip2LlmConfig:
 def instructblip(config: Mapping[str, Any]) -> Blip2LlmConfig:
     """InstructBlipForConditionalGeneration: the Q-Former reads the instruction too."""
     lm = _lm(config)
-    if lm.config["model_type"] == "llama":
-        lm.family = (
-            "vicuna"  # the only llama it was released with, whose tokenizer was changed (InstructBLIP)
-        )
+    if lm.config["model_type"] == "llama":  # the only one it was released with, whose tokenizer was changed
+        lm.family = config.get(_FAMILY, "vicuna")
     return Blip2LlmConfig(lm, _headless(*_blip2_parts(config)), qformer_text=True)
 
 
@@ -218,19 +233,34 @@ def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
+    if config.first_token_id is not None:
+        raise UserError(
+            f"transformers has no token before the soft prompt, and this model was trained with one: first_token_id is "
+            f"{config.first_token_id}"
+        )
     text = dict(config.lm.config)
     token = text.pop("image_token_index", None)
     if token is None:
         token = AutoConfig.for_model(**text).vocab_size - 1
     parts = _to_blip2_parts(config.blip2, "instructblip" if config.qformer_text else "blip-2")
-    return parts | {"text_config": text, "image_token_index": token}
+    return parts | {"text_config": text, "image_token_index": token, _FAMILY: config.lm.family}
+
+
+def one_epsilon(config: Any) -> Any:
+    """A BLIP-2's configuration with the epsilon of the tower for the norm behind it too, as transformers has it."""
+    if isinstance(config, Blip2LlmConfig):
+        return replace(config, blip2=one_epsilon(config.blip2))
+    if isinstance(config, Blip2Config):
+        return replace(config, ln_vision_eps=config.vision.layer_norm_eps)
+    return config
 
 
 def _to_blip2_parts(config: Blip2Config, model_type: str) -> dict[str, Any]:
     if config.ln_vision_eps != config.vision.layer_norm_eps:
         raise UserError(
             f"transformers has one epsilon for all norms of the image: ln_vision_eps is {config.ln_vision_eps}, "
-            f"vision.layer_norm_eps {config.vision.layer_norm_eps}"
+            f"vision.layer_norm_eps {config.vision.layer_norm_eps} (transformers' own conversion of the released "
+            "models took the tower's for both; `approximate` does so too)"
         )
     vision = {key: getattr(config.vision, key) for key in _EVA_VIT}
     kept = (*(_QFORMER.keys() - {"hidden_dropout_prob"}), *_QFORMER_TOKENS)
@@ -268,56 +298,3 @@ def to_dinov2(config: VisionConfig) -> dict[str, Any]:
 def _their_act(section: dict[str, Any]) -> dict[str, Any]:
     act = section["hidden_act"]
     return section | {"hidden_act": "gelu_pytorch_tanh" if act == "gelu_tanh" else act}
-
-
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
-_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
-_PROCESSORS: dict[
-    str, dict[str, Any]
-] = {  # what transformers assumes for a key that preprocessor_config.json leaves out
-    "blip": {"size": {"height": 384, "width": 384}},
-    "blip-2": {"size": {"height": 384, "width": 384}},
-    "instructblip": {"size": {"height": 384, "width": 384}},
-    "clip": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224},
-    "dinov2": {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224, **_IMAGENET},
-}
-
-
-def image_transform(
-    kind: str, image_size: int, processor: Mapping[str, Any] | None
-) -> tuple[ImageTransform, list[str]]:
-    """The image transform that a preprocessor_config.json describes, and what deserves to be known about it.
-
-    Without one (None) it is what is usual for the model_type `kind`, at the `image_size` of the model. Raises
-    UserError for steps `ImageTransform` does not have.
-    """
-    notes = []
-    if processor is None:
-        notes.append(f"no preprocessor_config.json: images are prepared as is usual for {kind}")
-        same = (
-            {"shortest_edge": image_size}
-            if "shortest_edge" in _PROCESSORS[kind]["size"]
-            else {"height": image_size, "width": image_size}
-        )
-        processor = {"size": same, "crop_size": image_size}
-    found = _PROCESSORS[kind] | dict(processor.get("image_processor", processor))
-    size, crop = found["size"], found.get("crop_size")
-    if abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not found.get("do_rescale", True):
-        raise UserError("preprocessor_config.json: pixels are scaled by another factor than 1/255")
-    settings = {"interpolation": _RESAMPLE.get(found.get("resample", 3), found.get("resample"))}
-    if not found.get("do_normalize", True):
-        settings |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    elif "image_mean" in found:
-        settings |= {"mean": tuple(found["image_mean"]), "std": tuple(found["image_std"])}
-    if found.get("do_center_crop"):
-        short = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-        side = _side(list(crop.values()) if isinstance(crop, dict) else crop, "crop_size")
-        settings |= {"resize": "crop", "image_size": side}
-        if short != side:
-            notes.append(
-                f"images are resized to {side} px and cropped, in transformers to {short} px before that"
-            )
-    else:
-        sides = [size["height"], size["width"]] if isinstance(size, dict) and "height" in size else size
-        settings |= {"resize": "squash", "image_size": _side(sides, "size")}
-    return from_dict(ImageTransform, settings, "preprocessor_config.json"), notes

@@ -1,7 +1,6 @@
 """What transformers calls the modules and parameters of our models: one table per architecture, read both ways."""
 
-# Our module or parameter -> theirs; several of theirs are one of ours, stacked. {} is the number of the layer.
-Names = dict[str, str | tuple[str, ...]]
+from openblip.convert.layout import Names, under
 
 
 def _vision(prefix: str, qkv: str | tuple[str, ...], out: str) -> Names:
@@ -21,7 +20,7 @@ def _vision(prefix: str, qkv: str | tuple[str, ...], out: str) -> Names:
     }
 
 
-def _text(prefix: str) -> Names:
+def bert_names(prefix: str) -> Names:
     """BLIP's BERT; these are also the names of the original checkpoints."""
     layer = f"{prefix}encoder.layer.{{}}."
     query, key, value = (f"{layer}attention.self.{name}" for name in ("query", "key", "value"))
@@ -45,16 +44,12 @@ def _text(prefix: str) -> Names:
     }
 
 
-def _under(ours: str, names: Names) -> Names:
-    return {f"{ours}.{name}": theirs for name, theirs in names.items()}
-
-
 _SPLIT_HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-BLIP_VISION = _under("vision", _vision("vision_model.", "self_attn.qkv", "self_attn.projection")) | {
+BLIP_VISION = under("vision", _vision("vision_model.", "self_attn.qkv", "self_attn.projection")) | {
     "vision.norm": "vision_model.post_layernorm"
 }
-BLIP_ENCODER = _under("text_encoder", _text("text_encoder."))
-BLIP_DECODER = _under("text_decoder", _text("text_decoder.bert.")) | {
+BLIP_ENCODER = under("text_encoder", bert_names("text_encoder."))
+BLIP_DECODER = under("text_decoder", bert_names("text_decoder.bert.")) | {
     "lm_head.dense": "text_decoder.cls.predictions.transform.dense",
     "lm_head.norm": "text_decoder.cls.predictions.transform.LayerNorm",
     "lm_head.bias": "text_decoder.cls.predictions.bias",
@@ -64,8 +59,8 @@ BLIP_TIED = (
     ("text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias"),
 )
 CLIP = (
-    _under("vision", _vision("vision_model.", _SPLIT_HEADS, "self_attn.out_proj"))
-    | _under("text", _vision("text_model.", _SPLIT_HEADS, "self_attn.out_proj"))
+    under("vision", _vision("vision_model.", _SPLIT_HEADS, "self_attn.out_proj"))
+    | under("text", _vision("text_model.", _SPLIT_HEADS, "self_attn.out_proj"))
     | {
         "text.word": "text_model.embeddings.token_embedding",
         "text.position": "text_model.embeddings.position_embedding",
@@ -78,6 +73,33 @@ CLIP = (
         "logit_scale": "logit_scale",
     }
 )
+
+
+def siglip_names(prefix: str) -> Names:
+    """SigLIP's image tower, which has no class token."""
+    names = _vision(prefix, _SPLIT_HEADS, "self_attn.out_proj")
+    del names["class_embedding"]
+    return names | {
+        "position_embedding": f"{prefix}embeddings.position_embedding.weight",
+        "norm": f"{prefix}post_layernorm",
+    }
+
+
+_VIT_LAYER = "encoder.layer.{}."
+VIT: Names = {
+    "class_embedding": "embeddings.cls_token",
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "position_embedding": "embeddings.position_embeddings",
+    "blocks.{}.norm1": f"{_VIT_LAYER}layernorm_before",
+    "blocks.{}.attention.qkv": tuple(
+        f"{_VIT_LAYER}attention.attention.{name}" for name in ("query", "key", "value")
+    ),
+    "blocks.{}.attention.out": f"{_VIT_LAYER}attention.output.dense",
+    "blocks.{}.norm2": f"{_VIT_LAYER}layernorm_after",
+    "blocks.{}.mlp.fc1": f"{_VIT_LAYER}intermediate.dense",
+    "blocks.{}.mlp.fc2": f"{_VIT_LAYER}output.dense",
+    "norm": "layernorm",
+}
 _DINOV2_LAYER = "encoder.layer.{}."
 DINOV2: Names = {
     "class_embedding": "embeddings.cls_token",
@@ -137,14 +159,14 @@ _BLIP2_VISION = {name: theirs for name, theirs in BLIP_VISION.items() if name !=
 }
 BLIP2_RETRIEVAL = (
     _BLIP2_VISION
-    | _under("qformer", _qformer("embeddings", "qformer.layernorm"))
+    | under("qformer", _qformer("embeddings", "qformer.layernorm"))
     | {"vision_proj": "vision_projection", "text_proj": "text_projection", "itm_head": "itm_head"}
 )
 # Ours holds a model of transformers: below these prefixes all names are the same.
 _TO_LANGUAGE: Names = {"projection": "language_projection", "lm.model.": "language_model."}
-BLIP2_LLM = _TO_LANGUAGE | _under(
-    "blip2", _BLIP2_VISION | _under("qformer", _qformer("embeddings", "qformer.layernorm"))
+BLIP2_LLM = _TO_LANGUAGE | under(
+    "blip2", _BLIP2_VISION | under("qformer", _qformer("embeddings", "qformer.layernorm"))
 )
-INSTRUCTBLIP = _TO_LANGUAGE | _under(
-    "blip2", _BLIP2_VISION | _under("qformer", _qformer("qformer.embeddings", "qformer.embeddings.layernorm"))
+INSTRUCTBLIP = _TO_LANGUAGE | under(
+    "blip2", _BLIP2_VISION | under("qformer", _qformer("qformer.embeddings", "qformer.embeddings.layernorm"))
 )

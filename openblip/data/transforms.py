@@ -8,7 +8,7 @@ the thread they are called on, and the loader has many.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -35,10 +35,12 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """What a picture goes through when nothing is random: resize, scale to [0, 1], normalise.
+    """What a picture goes through when nothing is random: resize, take the centre, scale to [0, 1], normalise.
 
-    resize: "squash" scales both sides to `image_size`, whatever the aspect ratio (BLIP); "crop" scales the
-        short side to it and takes the centre (CLIP).
+    resize: "squash" scales both sides to `resize_size`, whatever the aspect ratio (BLIP); "crop" scales the short
+        side to it (CLIP).
+    resize_size: in pixels; None: `image_size`, and of a squashed picture the centre is all of it. DINOv2 scales to
+        256 and takes 224. What the centre has beyond the picture is black.
     """
 
     image_size: int = 224
@@ -46,27 +48,38 @@ class ImageTransform:
     std: tuple[float, float, float] = CLIP_STD
     resize: Literal["squash", "crop"] = "squash"
     interpolation: Interpolation = "bicubic"
+    resize_size: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.image_size, self.std, self.interpolation)
         if self.resize not in ("squash", "crop"):
             raise ConfigError(f'resize must be "squash" or "crop", got {self.resize!r}')
+        if self.draft_size < 1:
+            raise ConfigError(f"resize_size must be positive, got {self.resize_size}")
 
     @property
     def draft_size(self) -> int:
         """The `draft_size` for `open_image`."""
-        return self.image_size
+        return self.image_size if self.resize_size is None else self.resize_size
+
+    def at(self, image_size: int) -> "ImageTransform":
+        """The same for another image size; what is cut off stays in proportion."""
+        size = None if self.resize_size is None else round(self.resize_size * image_size / self.image_size)
+        return replace(self, image_size=image_size, resize_size=size)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         """An RGB image -> float32 [3, S, S]. `rng` is ignored: both transforms are called alike."""
-        size, resampling = self.image_size, _RESAMPLING[self.interpolation]
+        size, width, height = self.draft_size, *image.size
         if self.resize == "squash":
-            return _to_tensor(image.resize((size, size), resampling), self.mean, self.std)
-        width, height = image.size
-        short = min(width, height)
-        width, height = int(size * width / short), int(size * height / short)  # down, as transformers rounds
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), resampling).crop((left, top, left + size, top + size))
+            width = height = size
+        else:
+            short = min(width, height)
+            # Down, as transformers rounds.
+            width, height = int(size * width / short), int(size * height / short)
+        image = image.resize((width, height), _RESAMPLING[self.interpolation])
+        if (width, height) != (self.image_size, self.image_size):
+            left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
+            image = image.crop((left, top, left + self.image_size, top + self.image_size))
         return _to_tensor(image, self.mean, self.std)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from openblip.models.layers import Attention, KeyValue, init_weights
+from openblip.models.layers import KeyValue, init_weights
 from openblip.models.text import Memory, Residual, TextConfig, TextTransformer, swap_first_token
 from openblip.models.tower import TowerModel
 from openblip.models.vit import VisionConfig, vit_base
@@ -30,12 +30,7 @@ class TwinCrossAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig, encoder_width: int, *, merge: bool) -> None:
         super().__init__()
-        self.left, self.right = (
-            Attention(
-                config.hidden_size, config.num_attention_heads, kv_size=encoder_width, dropout=config.dropout
-            )
-            for _ in range(2)
-        )
+        self.left, self.right = (config.attention(encoder_width) for _ in range(2))
         self.merge = nn.Linear(2 * config.hidden_size, config.hidden_size) if merge else None
         self.residual = Residual(config)
 

@@ -309,6 +309,24 @@ def is_adapter(name: str) -> bool:
     return "lora_" in name
 
 
+def without_adapter(name: str) -> str:
+    """What a parameter that got an adapter was called before."""
+    return name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model without its LoRA adapters: what they add is added to the weights below them."""
+    state = model.state_dict()
+    for path, module in model.named_modules():
+        layer: Any = module
+        for adapter in getattr(layer, "active_adapters", ()) if hasattr(layer, "base_layer") else ():
+            name = f"{path}.base_layer.weight"
+            delta = layer.get_delta_weight(adapter)
+            state[name] = (state[name].to(delta.dtype) + delta).to(state[name].dtype)
+    return {without_adapter(name): value for name, value in state.items() if not is_adapter(name)}
+
+
 def build(config: dict[str, Any]) -> Any:
     """A transformers model with fresh weights from its configuration as a dict.
 

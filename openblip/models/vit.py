@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens (class token first, then patches in raster order), D width, S image side.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,9 @@ from openblip.models.layers import (
 class VisionConfig:
     """Geometry of a vision transformer; the defaults are BLIP's ViT-B/16 at 224 px (BLIP §3.1).
 
-    `backbone` names any other Hugging Face vision model instead: its own config as a dict with `model_type`.
+    class_token: SigLIP has none. Its place, token 0, which the projection heads read, is then taken by the mean of
+        the others; and what an image has beyond whole patches is left out, as SigLIP leaves out 6 of 384 pixels.
+    backbone: any other Hugging Face vision model instead: its own config as a dict with `model_type`.
     """
 
     image_size: int = 224
@@ -42,10 +45,16 @@ class VisionConfig:
     pre_norm: bool = False  # CLIP normalises the embeddings before the first block
     final_norm: bool = True  # CLIP normalises the pooled token only, outside this module
     layer_scale: float | None = None  # DINOv2: initial gain of each branch
+    class_token: bool = True
     backbone: dict[str, Any] | None = None
 
+    @property
+    def text(self) -> None:
+        """Nothing reads text in a tower: there is no tokenizer to agree with."""
+        return None
+
     def __post_init__(self) -> None:
-        if self.backbone is None and self.image_size % self.patch_size:  # SigLIP leaves out what is over
+        if self.backbone is None and self.class_token and self.image_size % self.patch_size:
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
@@ -71,14 +80,46 @@ def vit_large(image_size: int = 224, **changes: Any) -> VisionConfig:
     return VisionConfig(image_size=image_size, **large, **{"drop_path_rate": 0.1, **changes})
 
 
+def eva_vit_g(image_size: int = 224, **changes: Any) -> VisionConfig:
+    """EVA-CLIP's ViT-g/14 up to its second last block, which BLIP-2 looks at (BLIP-2 §3.4)."""
+    giant: dict[str, Any] = {"patch_size": 14, "hidden_size": 1408, "num_hidden_layers": 39}
+    giant |= {"num_attention_heads": 16, "intermediate_size": 6144, "final_norm": False}
+    return VisionConfig(image_size, **{**giant, **changes})
+
+
+def clip_vit_l(image_size: int = 224, **changes: Any) -> VisionConfig:
+    """CLIP's ViT-L/14 up to its second last block, likewise."""
+    large: dict[str, Any] = {"patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 23}
+    large |= {"num_attention_heads": 16, "intermediate_size": 4096, "final_norm": False}
+    large |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_bias": False, "pre_norm": True}
+    return VisionConfig(image_size, **{**large, **changes})
+
+
 def resize_position_embedding(table: Tensor, grid: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """Position embeddings [1, 1 + n·n, D] for another grid (rows, columns): bicubic, the class row kept as it is."""
-    side = round((table.shape[1] - 1) ** 0.5)
+    """Position embeddings for another grid (rows, columns): bicubic, the class row kept as it is.
+
+    table: [1, 1 + n·n, D], or without a class token [1, n·n, D].
+    """
+    first, side = position_grid(table)
     if (side, side) == grid:
         return table
-    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = table[:, first:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=align_corners)
-    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([table[:, :first], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def position_grid(table: Tensor) -> tuple[int, int]:
+    """(rows before the patches: 1 of the class token or 0, side n of the grid) of position embeddings.
+
+    n·n + 1 is no square, so the number of rows tells. Raises ValueError: no such table.
+    """
+    side = math.isqrt(table.shape[1])
+    first = table.shape[1] - side * side
+    if first > 1:
+        raise ValueError(
+            f"{table.shape[1]} position embeddings are no square grid, with or without a class token"
+        )
+    return first, side
 
 
 class VisionBlock(nn.Module):
@@ -102,8 +143,22 @@ class VisionBlock(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
-class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al. 2021) with a class token and learned positions."""
+class ImageTower(nn.Module):
+    """What a tower by itself is used for, under the names that systems have for it."""
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, S, S] -> image_embeds [B, N, D]."""
+        return self(pixel_values)
+
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """image_embeds [B, N, D] -> [B, D]: token 0, L2-normalised."""
+        return F.normalize(image_embeds[:, 0], dim=-1)
+
+
+class VisionTransformer(ImageTower):
+    """ViT (Dosovitskiy et al. 2021) with learned positions, and a class token or the mean in its place."""
+
+    class_embedding: Any  # nn.Parameter, or None
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -113,15 +168,16 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, width, config.patch_size, config.patch_size, bias=config.patch_bias
         )
-        self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
-        self.position_embedding = nn.Parameter(torch.empty(1, 1 + grid * grid, width))
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, width)) if config.class_token else None
+        self.position_embedding = nn.Parameter(torch.empty(1, config.class_token + grid * grid, width))
         self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         rates = [config.drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         self.checkpointed = 0  # how many of the last blocks recompute their activations in the backward pass
         self.apply(init_weights)
-        nn.init.trunc_normal_(self.class_embedding, std=0.02)
+        if config.class_token:
+            nn.init.trunc_normal_(self.class_embedding, std=0.02)
         nn.init.trunc_normal_(self.position_embedding, std=0.02)
 
     def set_grad_checkpointing(self, blocks: int | bool = True) -> None:
@@ -132,14 +188,15 @@ class VisionTransformer(nn.Module):
         """pixel_values [B, 3, S, S'] -> image_embeds [B, 1 + S·S'/p², D], normalised if `final_norm`.
 
         Another size than the configured one resizes the position embeddings. Raises ValueError if a side is
-        no multiple of the patch size.
+        no multiple of the patch size, unless `class_token` says otherwise.
         """
-        patch = self.config.patch_size
+        patch, has_class = self.config.patch_size, self.config.class_token
         height, width = pixel_values.shape[-2:]
-        if height % patch or width % patch:
+        if has_class and (height % patch or width % patch):
             raise ValueError(f"image of {width} x {height} pixels: both sides must be multiples of {patch}")
         x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, N - 1, D]
-        x = torch.cat([self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if has_class:
+            x = torch.cat([self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         x = x + resize_position_embedding(self.position_embedding, (height // patch, width // patch)).to(
             x.dtype
         )
@@ -150,10 +207,11 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if has_class else torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
 
 
-class HuggingFaceVision(nn.Module):
+class HuggingFaceVision(ImageTower):
     """Any vision backbone of transformers, used as it is: tokens [B, N, D] with a summary token first."""
 
     def __init__(self, config: VisionConfig) -> None:

@@ -24,19 +24,28 @@ def clip_b16() -> Recipe:
 
 
 def blip_base() -> Recipe:
-    """BLIP pre-training, ViT-B/16, 224 px: 20 epochs of 14M images at batch 2880, as the paper has it."""
+    """BLIP pre-training, ViT-B/16, 224 px: 20 epochs of 14M images at batch 2880, as the paper has it.
+
+    Begins with DeiT-B and bert-base, from the hub. Without a network, `vision_init` and `text_init` may be folders or
+    files of them, or None.
+    """
     train = TrainConfig(
         max_steps=97_000, batch_size=2880, lr=3e-4, min_lr=1e-6, warmup_steps=3000, schedule="step_decay",
         steps_per_epoch=4861, decay_rate=0.85, clip_norm=None, save_every=1000,
     )  # fmt: skip
-    return Recipe("pretrain", train, model=base_model(224), task=BlipTaskConfig(negatives="local"))
+    return Recipe(
+        "pretrain", train, model=base_model(224), task=BlipTaskConfig(negatives="local"),
+        vision_init="facebook/deit-base-patch16-224", text_init="google-bert/bert-base-uncased",
+    )  # fmt: skip
 
 
 def blip_large() -> Recipe:
-    """BLIP pre-training with ViT-L/16: batch 2400, lr 2e-4."""
+    """BLIP pre-training with ViT-L/16, trained on ImageNet-21k: batch 2400, lr 2e-4."""
     recipe = blip_base()
     train = replace(recipe.train, batch_size=2400, lr=2e-4, max_steps=116_000, steps_per_epoch=5833)
-    return replace(recipe, model=large_model(224), train=train)
+    return replace(
+        recipe, model=large_model(224), train=train, vision_init="timm/vit_large_patch16_224.augreg_in21k"
+    )
 
 
 def retrieval_coco() -> Recipe:
@@ -66,11 +75,16 @@ def caption_coco() -> Recipe:
 
 
 def vqa_v2() -> Recipe:
-    """VQA fine-tune on VQAv2 and Visual Genome at 480 px: 10 epochs at batch 256, drop path 0.1."""
+    """VQA fine-tune on VQAv2 and Visual Genome at 480 px: 10 epochs at batch 256, drop path 0.1.
+
+    Visual Genome has one answer for each question, which weighs 0.2, as in the released code.
+    """
     model = base_model(480)
     model.vision.drop_path_rate = 0.1
     train = TrainConfig(max_steps=50_000, batch_size=256, lr=2e-5, clip_norm=None)
-    return Recipe("vqa", train, model=model, augment=Augment(crop=(0.5, 1.0)), max_length=35)
+    return Recipe(
+        "vqa", train, model=model, augment=Augment(crop=(0.5, 1.0)), max_length=35, single_answer_weight=0.2
+    )  # fmt: skip
 
 
 def nlvr2() -> Recipe:

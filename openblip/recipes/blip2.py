@@ -4,20 +4,24 @@ from dataclasses import replace
 
 from openblip.models.blip2 import Blip2Config
 from openblip.models.qformer import QFormerConfig
-from openblip.models.vit import VisionConfig
+from openblip.models.vit import VisionConfig, clip_vit_l
 from openblip.recipes.recipe import Augment, Language, Recipe
 from openblip.train.config import TrainConfig
 from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
 
 
 def blip2_stage1() -> Recipe:
-    """BLIP-2 stage 1 with a frozen ViT-L: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix)."""
+    """BLIP-2 stage 1 with CLIP's ViT-L, frozen: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix).
+
+    The tower begins with weights if `vision_init` names a file of them (clip_vit_L.pth); so does EVA-CLIP's ViT-g,
+    `models.vit.eva_vit_g`, in batches of 1680.
+    """
     train = TrainConfig(
         max_steps=250_000, batch_size=2320, lr=1e-4, warmup_steps=2000, betas=(0.9, 0.98), precision="bf16",
         clip_norm=None, save_every=1000,
     )  # fmt: skip
     augment = Augment(crop=(0.5, 1.0), randaugment=False)
-    return Recipe("blip2_stage1", train, blip2=Blip2Config(), augment=augment, max_length=32)
+    return Recipe("blip2_stage1", train, blip2=Blip2Config(clip_vit_l()), augment=augment, max_length=32)
 
 
 def blip2_stage2() -> Recipe:
@@ -70,20 +74,28 @@ def blip2_stage1_small() -> Recipe:
 
 
 def blip2_stage2_small() -> Recipe:
-    """BLIP-2 stage 2 for two CPU cores: SmolLM2-135M frozen, stage 1's losses kept, so that one model does all."""
+    """BLIP-2 stage 2 for two CPU cores: the queries learn to tell SmolLM2-135M, which stays as it is."""
     recipe = blip2_stage1_small()
-    train = replace(recipe.train, max_steps=1500, batch_size=32, lr=5e-4)
-    task = Blip2LlmTaskConfig(keep_tokens=0.5, text_lr_scale=0.3, stage1=recipe.blip2_task)
+    train = replace(recipe.train, max_steps=620, batch_size=32, lr=8e-4)
+    task = Blip2LlmTaskConfig(keep_tokens=0.5, text_lr_scale=0.3)
+    # <|im_start|>: what every text began with that SmolLM2 was taught to answer.
     return replace(
-        recipe, stage="blip2_stage2", train=train, language=Language(), blip2_llm_task=task, calibrate=0,
-        vision_init=None, text_init=None,
+        recipe, stage="blip2_stage2", train=train, language=Language(first_token_id=1), blip2_llm_task=task,
+        calibrate=0, vision_init=None, text_init=None,
     )  # fmt: skip
 
 
+def blip2_small() -> Recipe:
+    """Both stages' losses at once, on a stage 1: one small model that matches, embeds and tells."""
+    recipe = blip2_stage2_small()
+    first = replace(recipe.blip2_task, match_pairs=8, write_pairs=8)
+    return replace(recipe, blip2_llm_task=replace(recipe.blip2_llm_task, stage1=first))
+
+
 def blip2_stage1_short() -> Recipe:
-    """The paper's table 6 in small, with ITG: a fifth of the steps of `blip2_stage1_small`."""
+    """The paper's table 6 in small, with ITG: a quarter of the steps of `blip2_stage1_small`."""
     recipe = blip2_stage1_small()
-    return replace(recipe, train=replace(recipe.train, max_steps=500))
+    return replace(recipe, train=replace(recipe.train, max_steps=250))
 
 
 def blip2_stage1_short_without_itg() -> Recipe:
@@ -94,10 +106,9 @@ def blip2_stage1_short_without_itg() -> Recipe:
 
 
 def blip2_stage2_short() -> Recipe:
-    """The paper's figure 5 in small: a short stage 2 with the language model's loss alone, on a stage 1."""
+    """The paper's figure 5 in small: a short stage 2, on a stage 1."""
     recipe = blip2_stage2_small()
-    train = replace(recipe.train, max_steps=200)
-    return replace(recipe, train=train, blip2_llm_task=replace(recipe.blip2_llm_task, stage1=None))
+    return replace(recipe, train=replace(recipe.train, max_steps=120))
 
 
 def blip2_stage2_short_alone() -> Recipe:

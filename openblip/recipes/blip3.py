@@ -18,11 +18,10 @@ def xgenmm_pretrain() -> Recipe:
     The paper gives the number of tokens (about 100 billion) and not how they were trained on: batch and learning rate
     are those of the released fine-tuning code, for want of better.
     """
-    tower = {
-        "model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, "hidden_size": 1152,
-        "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304, "vision_use_head": False,
-    }  # fmt: skip
-    vision = VisionConfig(image_size=384, patch_size=14, hidden_size=1152, backbone=tower)
+    vision = VisionConfig(
+        image_size=384, patch_size=14, hidden_size=1152, num_hidden_layers=27, num_attention_heads=16,
+        intermediate_size=4304, hidden_act="gelu_tanh", class_token=False,
+    )  # fmt: skip
     train = TrainConfig(
         max_steps=200_000, batch_size=256, lr=2e-5, warmup_steps=2000, weight_decay=0.0, precision="bf16",
         grad_checkpointing=True, shard=True, save_every=1000,

@@ -41,7 +41,7 @@ class Language:
     """A language model: where it comes from, what is trained of it (nothing, adapters, all), how it is told to talk.
 
     adapters_alone: nothing but the adapters is trained, not even what stands before the language model (BLIP-3).
-    changes: to its configuration. family: see `LmConfig`.
+    changes: to its configuration. family: see `LmConfig`. first_token_id: see `Blip2LlmConfig`.
     """
 
     source: str = "smollm2"
@@ -50,6 +50,7 @@ class Language:
     trainable: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     family: str = ""
+    first_token_id: int | None = None
 
 
 @dataclass
@@ -59,8 +60,8 @@ class Recipe:
     stage: which task. model, clip, blip2, blip3: geometry of the model it trains, see `system`; language: the language
         model of BLIP-2's stage 2, and of BLIP-3 (where it takes the place of `blip3.lm`). task, blip2_task,
         blip2_llm_task, blip3_task, dpo_task: its losses.
-    init: a model folder or hub name whose weights it begins with. vision_init, text_init: pretrained parts that a
-        fresh model begins with, see `convert.tower` and `convert.parts`.
+    init: a model folder or hub name whose weights it begins with. vision_init, text_init: an image tower and a BERT
+        that a fresh model begins with: a folder, file or hub name, or a registry package, see `train.initialise`.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
     keep_features: they are, on disk beside the run, where nothing else is said: worth it if pictures are met again.
@@ -71,6 +72,7 @@ class Recipe:
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
     count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
+    single_answer_weight: of an answer, in VQA, where only one person was asked (BLIP's code: 0.2, for Visual Genome).
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
@@ -89,7 +91,7 @@ class Recipe:
     init: str | None = None
     tokenizer: str | None = None
     vision_init: str | None = None
-    text_init: Literal["minilm"] | None = None
+    text_init: str | None = None
     augment: Augment | None = field(default_factory=Augment)
     keep_features: bool = True
     calibrate: int = 0
@@ -99,6 +101,7 @@ class Recipe:
     bucket: bool = False
     pack: bool = False
     count_end_of_chunk: bool = True
+    single_answer_weight: float = 1.0
     max_images: int = 4
     frames: int = 8
     workers: int = 2

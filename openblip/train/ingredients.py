@@ -1,5 +1,6 @@
 """What a training stage begins with: a model, fresh or loaded, and the tokenizers and transform that belong to it."""
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch import nn
 from openblip.config import UserError
 from openblip.convert import parts
 from openblip.convert.lm import LmDtype, lm_folder, load_lm
-from openblip.convert.tower import load_tower_
 from openblip.convert.weights import LoadReport
 from openblip.data.collate import PairCollator, PairDataset, Rows
 from openblip.data.loader import Loader
@@ -17,17 +17,17 @@ from openblip.data.prompts import LmTokenizer
 from openblip.data.text import Tokenizer, bert_uncased
 from openblip.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from openblip.hub import Pretrained, load_pretrained
-from openblip.models.blip import Blip, without_decoder, without_encoder
+from openblip.models.blip import Blip, BlipConfig, without_decoder, without_encoder
 from openblip.models.blip2 import Blip2, Blip2Config, without_heads
 from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.blip3 import Blip3Config
 from openblip.models.blip_nlvr import BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
-from openblip.models.text import TextTransformer
 from openblip.models.vit import VisionTransformer
 from openblip.recipes import Recipe
 from openblip.train.ingredients_blip3 import blip3_model
+from openblip.train.initialise import load_text_, load_tower_
 from openblip.train.start import calibrate_blip2_, calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
 
 # What a stage takes from the model it begins with.
@@ -44,7 +44,8 @@ _HALVES = {
 class Ingredients:
     """A model to train, with the tokenizers and deterministic transform that belong to it.
 
-    frozen: the parts that a saved model names, see `convert.frozen`.
+    frozen: the parts that a saved model names, see `convert.frozen`. reports: what became of the tensors of
+        pretrained parts that a fresh model begins with.
     """
 
     model: Any
@@ -52,6 +53,7 @@ class Ingredients:
     transform: ImageTransform
     frozen: dict[str, str] = field(default_factory=dict)
     lm_tokenizer: LmTokenizer | None = None
+    reports: list[LoadReport] = field(default_factory=list)
 
 
 def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingredients:
@@ -79,18 +81,18 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
     if recipe.stage in ("blip2_stage2", "instruct"):
         return _stage2(recipe, _untaught(recipe, rows) if init is None else init)
     wanted = Blip2 if recipe.stage == "blip2_stage1" else Blip
-    fresh = _fresh_blip2 if wanted is Blip2 else _fresh_blip
-    start: Any = init.model if init is not None else fresh(recipe)
-    if not isinstance(start, wanted):
+    if init is None:
+        begun = _fresh(recipe)
+        if recipe.calibrate:
+            _calibrate_(begun, recipe, rows)
+    else:
+        transform = init.transform or _transform(recipe, None)
+        begun = Ingredients(init.model, init.tokenizer or bert_uncased(), transform, init.frozen)
+    if not isinstance(begun.model, wanted):
         raise UserError(
-            f"{recipe.stage}: begins with a pre-trained {wanted.__name__}, not with a {type(start).__name__}"
+            f"{recipe.stage}: begins with a pre-trained {wanted.__name__}, not with a {type(begun.model).__name__}"
         )
-    tokenizer = init.tokenizer if init is not None and init.tokenizer is not None else bert_uncased()
-    transform = init.transform if init is not None and init.transform is not None else _transform(recipe)
-    if init is None and recipe.calibrate:
-        _calibrate_(start, recipe, rows, tokenizer, transform)
-    frozen = _named_parts(recipe) if init is None else init.frozen
-    return Ingredients(_for_stage(recipe, start), tokenizer, transform, frozen)
+    return replace(begun, model=_for_stage(recipe, begun.model))
 
 
 def _untaught(recipe: Recipe, rows: Rows) -> Pretrained:
@@ -119,7 +121,7 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
             frozen.pop("blip2.qformer.word", None)
     dtype: LmDtype = "bfloat16" if recipe.train.precision == "bf16" else "float32"
     lm = load_lm(language.source, dtype, lora=language.lora, changes=language.changes)
-    model = Blip2Llm(Blip2LlmConfig(lm.config, blip2.config, qformer_text=reads_text), lm)
+    model = Blip2Llm(Blip2LlmConfig(lm.config, blip2.config, reads_text, language.first_token_id), lm)
     model.blip2 = blip2
     family = lm.config.family or lm.config.config["model_type"]
     words = LmTokenizer.load(lm_folder(language.source), family, encoder_decoder=lm.is_encoder_decoder)
@@ -128,9 +130,10 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
 
 def _blip3(recipe: Recipe, init: Pretrained | None) -> Ingredients:
     model, words = blip3_model(recipe, init)
-    transform = init.transform if init is not None and init.transform is not None else _transform(recipe)
-    frozen = _named_parts(recipe) if init is None else init.frozen
-    return Ingredients(model, None, transform, frozen, words)
+    if init is not None:
+        return Ingredients(model, None, init.transform or _transform(recipe, None), init.frozen, words)
+    reports, transform = _tower(recipe, model)
+    return Ingredients(model, None, transform, _named_parts(recipe), words, reports)
 
 
 def _instructed(model: Blip2Llm) -> Blip2Llm:
@@ -160,13 +163,12 @@ def _named_parts(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _calibrate_(
-    model: Blip | Blip2, recipe: Recipe, rows: Rows, tokenizer: Tokenizer, transform: ImageTransform
-) -> None:
+def _calibrate_(begun: Ingredients, recipe: Recipe, rows: Rows) -> None:
     """Fit the frozen tower's output and the ITC heads to a sample of the rows, drawn by the recipe's seed."""
-    dataset = PairDataset(rows, transform)
+    model, dataset = begun.model, PairDataset(rows, begun.transform)
+    assert begun.tokenizer is not None
     loader = Loader(
-        dataset, PairCollator(tokenizer, recipe.max_length), min(recipe.calibrate, len(rows)),
+        dataset, PairCollator(begun.tokenizer, recipe.max_length), min(recipe.calibrate, len(rows)),
         recipe.train.seed, workers=recipe.workers,
     )  # fmt: skip
     batch = next(loader.batches())
@@ -197,47 +199,53 @@ def _clip(recipe: Recipe, init: Pretrained | None) -> Ingredients:
     return Ingredients(Clip(geometry), Tokenizer.load(recipe.tokenizer), transform)
 
 
-def _fresh_blip(recipe: Recipe) -> Blip:
-    """A new BLIP, with pretrained parts where the recipe names them."""
-    model = Blip(recipe.model)
-    if recipe.vision_init is not None:
-        load_tower_(model.vision, recipe.vision_init)
-    if recipe.text_init == "minilm":
-        parts.minilm_text_(model.text_encoder)
-        parts.minilm_text_(model.text_decoder)
-    return model
-
-
-def _fresh_blip2(recipe: Recipe) -> Blip2:
-    """A new BLIP-2 of stage 1, likewise."""
+def _fresh(recipe: Recipe) -> Ingredients:
+    """A new BLIP, or BLIP-2 of stage 1, with pretrained parts where the recipe names them."""
     geometry = recipe.system
-    assert isinstance(geometry, Blip2Config)
-    model = Blip2(geometry)
-    if recipe.vision_init is not None:
-        load_tower_(model.vision, recipe.vision_init)
-    if recipe.text_init == "minilm":
-        bert = TextTransformer(parts.minilm_text_config())
-        parts.minilm_text_(bert)
-        model.qformer.copy_text_(bert)
-    return model
+    model = Blip2(geometry) if isinstance(geometry, Blip2Config) else Blip(recipe.model)
+    reports, transform = _tower(recipe, model)
+    tokenizer = None
+    if recipe.text_init is not None:
+        texts, tokenizer = load_text_(model, recipe.text_init)
+        reports += texts
+    return Ingredients(model, tokenizer or bert_uncased(), transform, _named_parts(recipe), reports=reports)
 
 
-def _transform(recipe: Recipe) -> ImageTransform:
-    """The deterministic transform of a fresh model: BLIP squashes; a tower wants the statistics it was trained with."""
-    vision = recipe.system.vision
-    kind = (vision.backbone or {}).get("model_type", "")
-    if recipe.vision_init == "dinov2_small" or kind.startswith("dinov2"):
-        return ImageTransform(vision.image_size, parts.DINOV2_MEAN, parts.DINOV2_STD)
+def _tower(recipe: Recipe, model: Any) -> tuple[list[LoadReport], ImageTransform]:
+    """Fill the tower of a fresh model, if the recipe says with what -> what became of it, and its transform."""
+    if recipe.vision_init is None:
+        return [], _transform(recipe, None)
+    report, transform = load_tower_(model.vision, recipe.vision_init)
+    return [report], _transform(recipe, transform)
+
+
+def _transform(recipe: Recipe, tower: ImageTransform | None) -> ImageTransform:
+    """The deterministic transform of a fresh model: whole pictures, and the statistics its tower was trained with.
+
+    tower: how those prepared images that trained it. A BLIP that trains its tower has CLIP's, as released, though it
+    begins with an ImageNet tower.
+    """
+    system = recipe.system
+    size, kind = system.vision.image_size, (system.vision.backbone or {}).get("model_type", "")
+    if tower is not None and not (isinstance(system, BlipConfig) and not system.freeze_vision):
+        return ImageTransform(size, tower.mean, tower.std)
+    if kind.startswith("dinov2"):
+        return ImageTransform(size, parts.DINOV2_MEAN, parts.DINOV2_STD)
     if kind.startswith("siglip"):
-        return ImageTransform(vision.image_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return ImageTransform(vision.image_size, CLIP_MEAN, CLIP_STD)
+        return ImageTransform(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return ImageTransform(size, CLIP_MEAN, CLIP_STD)
 
 
 def _for_stage(recipe: Recipe, start: Any) -> nn.Module:
     """The model that the stage trains, begun with `start`."""
     if recipe.stage == "blip2_stage1":
         return start
-    vision, text, frozen = start.config.vision, start.config.text, start.config.freeze_vision
+    # Fine-tunes are new modules with the weights of the start: how much of the tower is dropped, the recipe says.
+    vision = replace(start.config.vision, drop_path_rate=recipe.model.vision.drop_path_rate)
+    if recipe.stage != "pretrain":
+        start = copy.copy(start)
+        start.config = replace(start.config, vision=vision)
+    text, frozen = start.config.text, start.config.freeze_vision
     for half in ("encoder", "decoder"):
         if half in _HALVES[recipe.stage] and not getattr(start.config, half):
             raise UserError(f"{recipe.stage}: needs a model with its text {half}, and this one has none")

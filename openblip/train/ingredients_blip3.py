@@ -6,7 +6,6 @@ import torch
 
 from openblip.config import UserError
 from openblip.convert.lm import LmDtype, lm_folder, load_lm
-from openblip.convert.tower import load_tower_
 from openblip.data.prompts import LmTokenizer
 from openblip.hub import Pretrained
 from openblip.models.blip3 import ADDED_TOKENS, Blip3
@@ -15,7 +14,7 @@ from openblip.recipes import Language, Recipe
 
 
 def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmTokenizer]:
-    """The model a stage of BLIP-3 trains, and the tokenizer of its language model.
+    """The model a stage of BLIP-3 trains, but for its tower's weights, and the tokenizer of its language model.
 
     Raises:
         UserError: nothing to begin with that the stage could use; a language model that cannot be had, or trained
@@ -41,7 +40,7 @@ def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmToken
 
 
 def _joined(recipe: Recipe, language: Language) -> tuple[Blip3, LmTokenizer]:
-    """A tower and a language model from elsewhere, and between them a fresh resampler."""
+    """A tower, still to be filled, a language model from elsewhere, and between them a fresh resampler."""
     geometry = recipe.blip3
     assert geometry is not None
     half = recipe.train.precision == "bf16" and not language.trainable
@@ -54,8 +53,6 @@ def _joined(recipe: Recipe, language: Language) -> tuple[Blip3, LmTokenizer]:
     resampler = replace(geometry.resampler, output_size=lm.hidden_size)
     temporal = geometry.temporal and replace(geometry.temporal, hidden_size=lm.hidden_size)
     model = Blip3(replace(geometry, lm=lm.config, resampler=resampler, temporal=temporal), lm)
-    if recipe.vision_init is not None:
-        load_tower_(model.vision, recipe.vision_init)
     family = language.family or lm.config.config["model_type"]
     return model, LmTokenizer.load(lm_folder(language.source), family)
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openblip.config import UserError, to_dict
+from openblip.config import UserError, differences, from_dict, to_dict
+from openblip.data import discover
 from openblip.data.chat import chat_tokenizer
 from openblip.data.collate import (
     CaptionCollator,
@@ -22,6 +23,7 @@ from openblip.data.collate import (
     Rows,
     VqaCollator,
     VqaDataset,
+    rows_fingerprint,
     text_lengths,
 )
 from openblip.data.collate_lm import InstructDataset, LmCollator, PrefixDataset
@@ -34,13 +36,19 @@ from openblip.data.transforms import ImageTransform, TrainTransform
 from openblip.hub import Pretrained, save_pretrained
 from openblip.models.blip3 import Blip3
 from openblip.recipes import Recipe
-from openblip.train import distributed
+from openblip.train import checkpoint, distributed
 from openblip.train.batches_blip3 import blip3_loader
 from openblip.train.ingredients import Ingredients, prepare
 from openblip.train.loop import Evaluate, FitResult, fit
 from openblip.train.tasks import BlipTask, CaptionTask, ClipTask, NlvrTask, Task, VqaTask
 from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2Task
 from openblip.train.tasks_blip3 import Blip3Task, DpoTask
+
+# Settings of the loop that may be others when a run goes on: its length, what it shows and keeps, where tensors are.
+_MAY_CHANGE = (
+    *("max_steps", "warmup_steps", "log_every", "eval_every", "save_every", "keep_checkpoints"),
+    *("grad_checkpointing", "shard"),
+)
 
 
 @dataclass
@@ -60,22 +68,37 @@ def run_stage(
     features: FeatureCache | str | Path | None = None,
     evaluate: Evaluate | None = None,
     info: dict[str, Any] | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> StageResult:
     """Train one stage on `rows` and save the model in `run_dir`/model; an interrupted run goes on where it was.
+
+    What a run was begun with stands in its begun.json. With another recipe or other rows it does not go on, nor is its
+    model taken for theirs; only its length, and what it logs and keeps, may change (`_MAY_CHANGE`).
 
     features: what the frozen vision tower makes of the pictures, or a folder to keep it in, which stages on the same
         pictures can share; `run_dir`/features if none is given, the recipe keeps features, the tower is frozen, and
         nothing is augmented.
-    evaluate: see `loop.fit`. info: for the model card.
+    evaluate: see `loop.fit`. info: for the model card. report: called with (pictures done, pictures in all) while the
+        tower looks at them.
 
     Raises:
-        UserError: a folder for features, and a tower that is trained, pictures that are augmented, or videos.
+        UserError: the folder holds a run of another recipe or other rows; a folder for features, and a tower that is
+            trained, pictures that are augmented, or videos.
     """
     run_dir = Path(run_dir)
     device = distributed.init_from_env()
+    begun = _begun(recipe, rows)
+    _refuse_other_run(run_dir, begun)
     made = prepare(recipe, rows, init)
     made.model.to(device)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        part = run_dir / ".begun.json.part"
+        part.write_text(json.dumps(begun, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(run_dir / "begun.json")  # in one step: other ranks may be reading it
+    if made.reports:
+        told = "\n".join(map(str, made.reports))
+        (run_dir / "begins_with.txt").write_text(f"{told}\n", encoding="utf-8")
     listed = run_dir / "bad_rows.jsonl"
     is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
     if isinstance(made.model, Blip3):  # of videos there are too many frames, and noise is put on pixels
@@ -88,7 +111,9 @@ def run_stage(
         )
     if is_fixed and not isinstance(features, FeatureCache) and (recipe.keep_features or features is not None):
         folder = run_dir / "features" if features is None else Path(features)
-        features = cache_features(made, rows, folder, workers=recipe.workers, bad=BadRows(listed))
+        features = cache_features(
+            made, rows, folder, workers=recipe.workers, bad=BadRows(listed), report=report
+        )
     assert features is None or isinstance(features, FeatureCache)
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
@@ -111,6 +136,39 @@ def run_stage(
         )  # fmt: skip
     distributed.barrier()
     return StageResult(folder, result)
+
+
+def _begun(recipe: Recipe, rows: Rows) -> dict[str, Any]:
+    """All that decides what a run makes: its recipe, the rows, and the weights it begins with, if in a folder."""
+    init = Path(recipe.init or "")
+    files = sorted(init.glob("*.safetensors")) if recipe.init else []
+    return {
+        "recipe": _settings(replace(recipe, init=None) if files else recipe),
+        "init": {file.name: discover.digest(str(file)) for file in files},
+        "data": {"rows": len(rows), "sha256": rows_fingerprint(rows)},
+    }
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Those that a run cannot change."""
+    found = to_dict(recipe)
+    found.pop("workers")
+    for name in _MAY_CHANGE:
+        found["train"].pop(name, None)
+    return found
+
+
+def _refuse_other_run(run_dir: Path, begun: dict[str, Any]) -> None:
+    """Raise UserError if there is a checkpoint or a model in the folder, made of something else."""
+    file = run_dir / "begun.json"
+    has_run = checkpoint.latest(run_dir) is not None or (run_dir / "model/config.json").is_file()
+    if not has_run or not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    # Through the class: a setting that is new since then had its default.
+    before["recipe"] = _settings(from_dict(Recipe, before["recipe"], f"{file}: recipe"))
+    if found := differences(before, begun):
+        raise UserError(f"{run_dir}: holds a run made otherwise: {'; '.join(found)}; use a new folder")
 
 
 def _count_reasons(listed: Path) -> dict[str, int]:
@@ -166,7 +224,8 @@ def _loader(
         transform = made.transform if recipe.augment is None else _augmented(recipe, made.transform)
     dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset
     if recipe.stage == "vqa":
-        dataset = VqaDataset(rows, transform, features=features)
+        weight = recipe.single_answer_weight
+        dataset = VqaDataset(rows, transform, features=features, single_answer_weight=weight)
     elif recipe.stage == "nlvr":
         dataset = NlvrDataset(rows, transform, features=features)
     elif recipe.stage == "instruct":

@@ -19,7 +19,7 @@ from openblip.models.blip2 import Blip2
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.text import swap_first_token
-from openblip.models.vit import VisionTransformer, resize_position_embedding
+from openblip.models.vit import VisionTransformer, position_grid, resize_position_embedding
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _copy_(model: nn.Module, table: dict[str, str], weights: dict[str, Tensor]) 
     for name, value in model.state_dict().items():
         found = weights.get(table[name])
         if found is not None and name.endswith("position_embedding") and found.shape != value.shape:
-            side = round((value.shape[1] - 1) ** 0.5)
+            side = position_grid(value)[1]
             found = resize_position_embedding(found, (side, side))
         if found is None or found.shape != value.shape:
             fresh.append(name)

@@ -181,6 +181,8 @@ def test_the_mask_is_the_pasted_picture_to_within_a_token(width, height, tokens)
 def test_a_base_that_would_not_show_the_whole_and_grids_without_tiles_are_refused():
     with pytest.raises(ConfigError, match='"squash"'):
         TileTransform(ImageTransform(16, resize="crop"))
+    with pytest.raises(ConfigError, match="to 20 px around a centre of 16"):
+        TileTransform(ImageTransform(16, resize_size=20))
     with pytest.raises(ConfigError, match="at least one"):
         TileTransform(ImageTransform(16), ((1, 2), (0, 2)))
 

@@ -66,8 +66,16 @@ def test_squash_and_crop_differ_on_a_picture_that_is_not_square():
     assert (ImageTransform(32)(image) - ImageTransform(32, resize="crop")(image)).abs().max() > 0.1
 
 
+def test_another_size_cuts_off_as_much():
+    assert ImageTransform(224, resize_size=256).at(448) == ImageTransform(448, resize_size=512)
+    assert ImageTransform(224, resize="crop").at(336) == ImageTransform(336, resize="crop")
+
+
 def test_a_transform_survives_json():
-    for transform in (ImageTransform(48, resize="crop"), TrainTransform(48, scale=(0.5, 1.0))):
+    for transform in (
+        ImageTransform(48, resize="crop", resize_size=50),
+        TrainTransform(48, scale=(0.5, 1.0)),
+    ):
         assert from_dict(type(transform), to_dict(transform), "here") == transform
 
 
@@ -78,6 +86,7 @@ def test_a_transform_survives_json():
         lambda: ImageTransform(std=(1, 0, 1)),
         lambda: ImageTransform(resize="stretch"),
         lambda: ImageTransform(interpolation="cubic"),
+        lambda: ImageTransform(resize_size=0),
         lambda: TrainTransform(scale=(0, 1)),
         lambda: TrainTransform(scale=(0.5, 0.2)),
         lambda: TrainTransform(ratio=(2, 1)),

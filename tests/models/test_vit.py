@@ -88,6 +88,27 @@ def test_patches_come_in_raster_order():
     torch.testing.assert_close(tokens[:, 0], model.class_embedding[:, 0])
 
 
+@torch.no_grad()
+def test_without_a_class_token_the_mean_stands_in_its_place_and_what_is_over_is_left_out():
+    torch.manual_seed(0)
+    model = VisionTransformer(VisionConfig(36, 8, 24, 2, 4, 32, class_token=False)).eval()
+    assert "class_embedding" not in model.state_dict() and model.position_embedding.shape == (1, 16, 24)
+    images = torch.randn(2, 3, 36, 36)
+    tokens = model(images)
+    assert tokens.shape == (2, 17, 24)
+    torch.testing.assert_close(tokens[:, 0], tokens[:, 1:].mean(dim=1))
+    images[:, :, 32:], images[:, :, :, 32:] = 9, 9
+    assert torch.equal(model(images), tokens)
+    assert model(torch.randn(1, 3, 24, 41)).shape == (1, 1 + 3 * 5, 24)
+    resized = resize_position_embedding(model.position_embedding, (3, 5))
+    with_class = resize_position_embedding(
+        torch.cat([torch.ones(1, 1, 24), model.position_embedding], dim=1), (3, 5)
+    )
+    assert torch.equal(with_class, torch.cat([torch.ones(1, 1, 24), resized], dim=1))
+    with pytest.raises(ValueError, match="18 position embeddings are no square grid"):
+        resize_position_embedding(torch.zeros(1, 18, 24), (3, 5))
+
+
 def gradients(model, images):
     model.zero_grad()
     torch.manual_seed(5)  # the same samples are dropped

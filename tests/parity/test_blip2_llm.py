@@ -19,10 +19,9 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from openblip.convert.huggingface import from_huggingface, to_huggingface
+from openblip.convert.huggingface import to_huggingface
+from openblip.convert.recognise import from_checkpoint_
 from openblip.convert.weights import WeightsError, tied_names
 from openblip.hub import load_pretrained, save_for_transformers, save_pretrained
 from openblip.models.blip2_llm import Blip2Llm
@@ -35,6 +34,7 @@ from tests.parity.peers import (
     blip2_sections,
     difference,
     language_model,
+    norms_that_do_not_round,
     other_activation,
     other_eps,
     ours,
@@ -70,13 +70,8 @@ def make_peer(kind: str, cls: type | None = None):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def norms_that_do_not_round():
-    def forward(norm, x):
-        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", forward)
-        patch.setattr(T5LayerNorm, "forward", forward)
+def exact_norms():
+    with norms_that_do_not_round():
         yield
 
 
@@ -225,7 +220,7 @@ def test_another_activation_of_the_language_model_is_seen():
     peer = make_peer("t5")
     config = peer.config.to_dict()
     config["text_config"]["dense_act_fn"] = "gelu_new"
-    model = from_huggingface(config, dict(peer.state_dict()), "peer")[0]
+    model = from_checkpoint_(config, dict(peer.state_dict()), "peer")[0]
     assert gap(model, peer) > TOLERANCE
 
 
@@ -280,7 +275,7 @@ def test_it_goes_back(peer):
     assert weights.keys() == own.keys() - tied
     assert all(torch.equal(value, own[name]) for name, value in weights.items())
     assert config["image_token_index"] == IMAGE_TOKEN
-    again, report = from_huggingface(config, weights, "again")
+    again, report = from_checkpoint_(config, weights, "again")
     assert again.config == model.config and not report.ignored and not report.fresh
     assert again.state_dict().keys() == model.state_dict().keys() and tied_names(again) == tied_names(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
@@ -321,13 +316,13 @@ def test_tables_of_old_files_are_passed_over_and_the_rest_is_named(peer):
     config, weights = peer.config.to_dict(), dict(peer.state_dict())
     weights["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
     weights["qformer.embeddings.position_ids"] = torch.arange(24)[None]
-    assert len(from_huggingface(config, weights, "the file")[1].ignored) == 2
+    assert len(from_checkpoint_(config, dict(weights), "the file")[1].ignored) == 2
     del weights["language_projection.bias"]
     weights["language_model.model.extra"] = torch.zeros(2)
     with pytest.raises(
         WeightsError, match=r"missing: language_projection.bias; .*language_model.model.extra"
     ):
-        from_huggingface(config, weights, "the file")
+        from_checkpoint_(config, weights, "the file")
 
 
 def test_a_model_that_names_no_image_token_gets_the_last_of_the_vocabulary(instructed):

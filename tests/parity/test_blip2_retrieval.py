@@ -11,7 +11,8 @@ import torch
 from transformers import Blip2ForImageTextRetrieval
 
 from openblip.config import UserError
-from openblip.convert.huggingface import from_huggingface, to_huggingface
+from openblip.convert.huggingface import to_huggingface
+from openblip.convert.recognise import from_checkpoint_
 from openblip.convert.weights import WeightsError
 from openblip.hub import load_pretrained, save_for_transformers
 from openblip.models.blip2 import Blip2, without_decoder
@@ -163,7 +164,7 @@ def test_it_goes_back(peer):
         added = {"cls_token_id", "sep_token_id", "dec_token_id"} if section == "qformer_config" else set()
         assert config[section].keys() - theirs[section].keys() == added
         assert all(theirs[section].get(key, value) == value for key, value in config[section].items())
-    again, _ = from_huggingface(config, weights, "again")
+    again, _ = from_checkpoint_(config, weights, "again")
     assert again.config == model.config
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
@@ -189,7 +190,7 @@ def test_a_tensor_too_few_or_too_many_is_named(peer):
     del weights["query_tokens"], weights["vision_model.post_layernorm.bias"]
     weights["query_tokens.weight"] = torch.zeros(1)
     with pytest.raises(WeightsError, match=r"query_tokens, vision_model.post_layernorm.bias; .*query.lora"):
-        from_huggingface(config, weights, "the file")
+        from_checkpoint_(config, weights, "the file")
 
 
 def test_what_transformers_cannot_hold_is_refused(peer):
@@ -205,4 +206,4 @@ def test_what_transformers_cannot_hold_is_refused(peer):
     theirs = peer.config.to_dict()
     theirs["vision_config"] |= {"qkv_bias": False}
     with pytest.raises(UserError, match="qkv_bias"):
-        from_huggingface(theirs, peer.state_dict(), "the file")
+        from_checkpoint_(theirs, peer.state_dict(), "the file")

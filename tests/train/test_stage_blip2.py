@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openblip.config import UserError
-from openblip.convert.weights import WeightsError
+from openblip.convert.weights import LoadReport, WeightsError
 from openblip.data.sources import open_source
 from openblip.hub import load_pretrained
 from openblip.models.blip2 import Blip2, Blip2Config
@@ -126,7 +126,7 @@ def test_stage2_stands_on_stage1_and_names_its_language_model(keeps, stage1, lan
 
 def test_stage2_without_stage1_begins_as_stage1_does(language, rows, monkeypatch):
     monkeypatch.setattr(
-        "openblip.train.ingredients.load_tower_", lambda vision, source: vision.requires_grad_(False)
+        "openblip.train.ingredients.load_tower_", lambda vision, source: (LoadReport(source), None)
     )
     chosen = recipe("blip2_stage2", language=Language(str(language)), vision_init="somewhere", calibrate=6)
     alone = prepare(chosen, rows).model

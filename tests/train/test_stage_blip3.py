@@ -278,7 +278,7 @@ def test_bad_rows_are_listed_and_the_run_goes_on(base, language, tmp_path):
     [
         ("blip3_sft", {}, "blip3_sft: begins with a trained BLIP-3"),
         ("blip3_pretrain", {"language": None}, "names no language model"),
-        ("blip3_pretrain", {"vision_init": "somewhere"}, "is no `backbone`"),
+        ("blip3_pretrain", {"vision_init": "somewhere"}, "somewhere: no such folder or file"),
     ],
 )
 def test_what_a_stage_lacks_is_named(stage, changes, message, data, language):
