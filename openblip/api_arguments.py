@@ -13,9 +13,12 @@ from openblip.data.conversation import IMAGE, check_turns, parse_messages, place
 from openblip.data.image import Readable
 from openblip.data.prompts import Message
 from openblip.data.rows import message_images
+from openblip.data.video import Video
 from openblip.models.generation import GenerationConfig
 
-Image = str | Path | bytes | Readable | PILImage.Image
+Image = (
+    str | Path | bytes | Readable | PILImage.Image | Video
+)  # a BLIP-3 with a temporal encoder reads videos
 # A conversation; a text is the user's only message (see `marked`).
 Messages = str | Sequence[Mapping[str, Any]]
 # Messages, or words; their images; a name for what is said about them.

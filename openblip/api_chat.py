@@ -1,6 +1,7 @@
 """BLIP-3 in a user's hands: conversations with any number of pictures of any size; captions and answers by them.
 
-The marker <image> stands in a text where a picture stands. A picture that is alone in its conversation is put in front
+With a temporal encoder it takes a video wherever it takes a picture: a path like clip.mp4, or a `data.video.Video`. The
+marker <image> stands in a text where a picture or a video stands. One that is alone in its conversation is put in front
 of the first thing the user says, as in training, if it has no marker or one in there.
 """
 
@@ -17,6 +18,7 @@ from openblip.api_reader import ChatReader, Prompt, one_text
 from openblip.api_talk import Talk
 from openblip.config import UserError
 from openblip.data.conversation import CAPTION_PROMPT
+from openblip.data.video import FRAMES
 from openblip.hub import Pretrained
 from openblip.models.generation import GenerationConfig
 
@@ -49,7 +51,10 @@ class ChatPipeline(Pipeline):
         super().__init__(pretrained, device=device, dtype="bf16" if is_int8 else dtype, batch_size=batch_size)
         if is_int8:
             quantise_(self.model.lm)
-        self.reader = ChatReader(self.model, words, self.transform, self.device, self.dtype, self.batch_size)
+        frames = self.info.get("frames", FRAMES)
+        self.reader = ChatReader(
+            self.model, words, self.transform, self.device, self.dtype, self.batch_size, frames
+        )
 
     @property
     def can_caption(self) -> bool:

@@ -18,14 +18,15 @@ from torch.nn.utils.rnn import pad_sequence
 from openblip.api_arguments import Image, Messages, options, placed, row_seeds
 from openblip.config import UserError
 from openblip.data.chat import CHAT_TEMPLATES, BadChat, ChatTokenizer, chat_tokenizer
-from openblip.data.collate_chat import Grid, TileEmbeds, conditions
+from openblip.data.collate_chat import TileEmbeds, conditions, video_tiles
 from openblip.data.conversation import IMAGE
 from openblip.data.image import BadImage, open_image
 from openblip.data.prompts import LmTokenizer, Message
 from openblip.data.rows import BadRow
-from openblip.data.tiles import Tiles, TileTransform
+from openblip.data.tiles import TileTransform
 from openblip.data.tokens import Tokens
 from openblip.data.transforms import ImageTransform
+from openblip.data.video import FRAMES, as_video
 from openblip.models.blip3 import Blip3
 from openblip.models.decoding import Decoding
 from openblip.models.generation import GenerationConfig, generate, stream
@@ -38,7 +39,7 @@ class Prompt:
     """What the language model is to go on from. `question`: what a resampler that reads questions is told."""
 
     tokens: Tokens
-    tiles: list[Tiles]
+    tiles: list[TileEmbeds]  # of which the tower is still to be asked
     question: str
     where: str
 
@@ -55,14 +56,14 @@ def one_text(config: GenerationConfig) -> GenerationConfig:
 class ChatReader:
     """A `Blip3` with the tokenizer of its language model; `transform` is that of a tile.
 
-    batch_size: tiles that the tower looks at together.
+    batch_size: tiles that the tower looks at together. frames: that are taken of a video.
     """
 
     def __init__(
         self, model: Blip3, words: LmTokenizer, transform: ImageTransform, device: torch.device,
-        dtype: torch.dtype, batch_size: int,
+        dtype: torch.dtype, batch_size: int, frames: int = FRAMES,
     ) -> None:  # fmt: skip
-        self.model, self.words = model, words
+        self.model, self.words, self.frames = model, words, frames
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
         self.tiles = TileTransform(transform, model.config.used_grids)
         self.reads_questions = model.config.resampler.condition_size is not None
@@ -83,13 +84,15 @@ class ChatReader:
     def chat_prompt(self, messages: Messages, images: Sequence[Image], where: str) -> Prompt:
         """A conversation, up to where the model answers. Raises BadRow."""
         tiles = self.opened(images, where)
-        return self.prompt(messages, [picture.grid for picture in tiles], tiles, where)
+        return self.prompt(messages, tiles, tiles, where)
 
-    def prompt(self, messages: Messages, grids: Sequence[Grid], tiles: list[Tiles], where: str) -> Prompt:
-        """The same of pictures with these grids, of which `tiles` are still to be looked at."""
-        said = placed(messages, len(grids), where)
+    def prompt(
+        self, messages: Messages, pictures: Sequence[TileEmbeds], tiles: list[TileEmbeds], where: str
+    ) -> Prompt:
+        """The same of these pictures, of which `tiles` are still to be looked at."""
+        said = placed(messages, len(pictures), where)
         try:
-            tokens = self.chat_format.prompt(said, self._lengths(grids))
+            tokens = self.chat_format.prompt(said, self._lengths(pictures))
         except BadChat as error:
             raise BadRow(error.reason, where, error.detail) from error
         return Prompt(tokens, tiles, said[-1]["content"].replace(IMAGE, "").strip(), where)
@@ -98,17 +101,25 @@ class ChatReader:
         """A document that begins with pictures, and perhaps with some words about them. Raises BadRow."""
         tiles = self.opened(images, where)
         pieces = [Tokens.text(self.words.start_ids, counted=False)]
-        for length in self._lengths([picture.grid for picture in tiles]):
+        for length in self._lengths(tiles):
             pieces.append(Tokens.image(self.model.image_token_id, length))
         pieces.append(Tokens.text(self.words.encode(words), counted=False))
         return Prompt(Tokens.join(pieces), tiles, words, where)
 
-    def opened(self, images: Sequence[Image], where: str) -> list[Tiles]:
-        """Pictures as tiles. Raises BadRow."""
+    def opened(self, images: Sequence[Image], where: str) -> list[TileEmbeds]:
+        """Pictures as tiles, and videos as frames. Raises BadRow."""
         try:
-            return [self.tiles(open_image(image, draft_size=self.tiles.draft_size)) for image in images]
+            return [self._opened(image, where) for image in images]
         except BadImage as error:
             raise BadRow(error.reason, where, error.detail) from error
+
+    def _opened(self, image: Image, where: str) -> TileEmbeds:
+        if (video := as_video(image)) is None:
+            found = self.tiles(open_image(image, draft_size=self.tiles.draft_size))
+            return TileEmbeds(found.pixel_values, found.grid)
+        if self.model.temporal is None:
+            raise BadRow("video", where, "it shows a video, and this model has no temporal encoder")
+        return video_tiles(video, self.frames, self.tiles)
 
     def answer_ids(self, answer: str) -> list[int]:
         """An answer with the token that ends it. Raises UserError: it says nothing."""
@@ -134,21 +145,21 @@ class ChatReader:
                 f"write (max_new_tokens) are {over} more than the {context} of this language model's context"
             )
 
-    def _lengths(self, grids: Sequence[Grid]) -> list[int]:
-        return [self.model.config.vision_length(*grid[:2]) for grid in grids]
+    def _lengths(self, pictures: Sequence[TileEmbeds]) -> list[int]:
+        return [self.model.config.vision_length(*one.grid[:2], one.frames) for one in pictures]
 
     # --- embeddings -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def seen(self, tiles: Sequence[Tiles]) -> list[TileEmbeds]:
+    def seen(self, tiles: Sequence[TileEmbeds]) -> list[TileEmbeds]:
         """What the tower makes of pictures, a few tiles at a time."""
         if not tiles:
             return []
-        pixels = torch.cat([picture.pixel_values for picture in tiles]).split(self.batch_size)
+        pixels = torch.cat([picture.embeds for picture in tiles]).split(self.batch_size)
         embeds = torch.cat(
             [self.model.encode_image(part.to(self.device, self.dtype)) for part in pixels]
-        ).split([len(picture.pixel_values) for picture in tiles])
-        return [TileEmbeds(one, picture.grid) for one, picture in zip(embeds, tiles, strict=True)]
+        ).split([len(picture.embeds) for picture in tiles])
+        return [picture._replace(embeds=one) for one, picture in zip(embeds, tiles, strict=True)]
 
     @torch.inference_mode()
     def runs(self, pictures: Sequence[TileEmbeds], questions: Sequence[str]) -> list[Tensor]:
@@ -160,7 +171,8 @@ class ChatReader:
             found = conditions(questions, self.words)
             read = {name: value.to(self.device) for name, value in found.items()}
         grids = torch.tensor([picture.grid for picture in pictures])
-        return self.model.vision_runs(torch.cat([picture.embeds for picture in pictures]), grids, **read)
+        embeds, frames = torch.cat([one.embeds for one in pictures]), [one.frames for one in pictures]
+        return self.model.vision_runs(embeds, grids, frames=frames, **read)
 
     def embedded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Embeddings [b, L, H] of prompts and which of them are real [b, L], padding last."""

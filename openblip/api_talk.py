@@ -43,7 +43,7 @@ class Talk:
         self._read: _Read | None = None
 
     def say(self, text: str, images: Image | Sequence[Image] = (), **generation: Any) -> str:
-        """The answer to a further message, with any number of further images. See `stream`."""
+        """The answer to a further message, with any number of further images and videos. See `stream`."""
         for _ in self.stream(text, images, **generation):
             continue
         return self.messages[-1]["content"]
@@ -63,8 +63,7 @@ class Talk:
             {"role": "user", "content": marked(text, len(new), "chat")},
         ]
         tiles = self._reader.opened(new, "chat")
-        grids = [picture.grid for picture in self._seen] + [picture.grid for picture in tiles]
-        prompt = self._reader.prompt(messages, grids, tiles, "chat")
+        prompt = self._reader.prompt(messages, [*self._seen, *tiles], tiles, "chat")
         self._reader.require_room(prompt, config.max_new_tokens)
         return self._answered(prompt, config, messages, [*self.images, *new], self._seen, self._runs)
 

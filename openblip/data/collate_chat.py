@@ -35,15 +35,14 @@ from openblip.data.video import Video, read_frames
 
 Grid = tuple[int, int, int, int]  # columns, rows, width, height
 VisionLength = Callable[
-    ..., int
-]  # (columns, rows) -> vision tokens of an image; of a video: and how many frames
+    [int, int, int], int
+]  # (columns, rows, frames) -> vision tokens of an image, or video
 MAX_CONDITION = 64  # tokens of a question that an instruction-conditioned resampler reads
 
 
 class TileEmbeds(NamedTuple):
-    """What a frozen tower made of one picture's tiles: embeds [1 + columns · rows, N, D], and its grid.
-
-    Of a video: [frames, N, D].
+    """What a frozen tower made of one picture's tiles: embeds [1 + columns · rows, N, D], and its grid; or is still to
+    make of them: pixels [1 + columns · rows, 3, S, S]. Of a video: [frames, ...].
     """
 
     embeds: Tensor
@@ -127,12 +126,7 @@ class TiledPictures:
 
     def lengths(self, pictures: Sequence[TileEmbeds]) -> list[int]:
         """Vision tokens of each picture."""
-        return [
-            self.vision_length(*picture.grid[:2])
-            if picture.frames == 1
-            else self.vision_length(0, 0, picture.frames)
-            for picture in pictures
-        ]
+        return [self.vision_length(*picture.grid[:2], picture.frames) for picture in pictures]
 
     def sample(self, row: Row, pictures: Sequence[TileEmbeds], kept: int) -> Sample:
         """What all samples have: pixels or embeds, "grids" and "frames" of the first `kept` pictures, and "id"."""

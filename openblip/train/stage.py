@@ -128,6 +128,8 @@ def run_stage(
         known: dict[str, Any] = (
             {"prompt": recipe.prompt} if recipe.stage in ("caption", "blip2_stage2") else {}
         )
+        if isinstance(made.model, Blip3) and made.model.temporal is not None:
+            known["frames"] = recipe.frames
         known |= {"stage": recipe.stage, "steps": result.step, "bad_rows": _count_reasons(listed)}
         save_pretrained(
             made.model, folder, tokenizer=made.tokenizer, transform=made.transform, info=known | (info or {}),

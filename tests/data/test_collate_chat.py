@@ -41,7 +41,7 @@ def picture(name, value=0):
     return file.getvalue()
 
 
-def vision_length(columns, rows):
+def vision_length(columns, rows, frames=1):
     return 2 * (1 + columns * rows)
 
 
