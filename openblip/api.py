@@ -43,7 +43,8 @@ def load(
     if dtype not in (*DTYPES, "int8"):
         raise UserError(f'dtype must be "fp32", "bf16" or "int8", not {dtype!r}')
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = load_pretrained(name, vision=vision, lm=lm)
+    stored = torch.float32 if dtype == "fp32" else torch.bfloat16  # a large model never stands there twice
+    found = load_pretrained(name, dtype=stored, vision=vision, lm=lm)
     kinds: dict[type, type[Pipeline]] = {Blip2Llm: LlmPipeline, Blip3: ChatPipeline}
     kind = kinds.get(type(found.model), Pipeline)
     return kind(found, device=device, dtype=dtype, batch_size=batch_size)

@@ -13,9 +13,12 @@ from openblip.data.conversation import IMAGE, check_turns, parse_messages, place
 from openblip.data.image import Readable
 from openblip.data.prompts import Message
 from openblip.data.rows import message_images
+from openblip.data.video import Video
 from openblip.models.generation import GenerationConfig
 
-Image = str | Path | bytes | Readable | PILImage.Image
+Image = (
+    str | Path | bytes | Readable | PILImage.Image | Video
+)  # a BLIP-3 with a temporal encoder reads videos
 # A conversation; a text is the user's only message (see `marked`).
 Messages = str | Sequence[Mapping[str, Any]]
 # Messages, or words; their images; a name for what is said about them.
@@ -101,23 +104,24 @@ def placed(messages: Messages, count: int, where: str) -> list[Message]:
     """A conversation for the model to answer, with a marker <image> for each of its `count` images.
 
     A single image is put in front of the first user's message, as in training, if it has no marker or one up to there.
+    What the assistant said is text, and holds no markers.
+
     Raises BadRow: messages that are none, out of order, or with another number of markers.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": marked(messages, count, where)}]
     found = parse_messages(messages, where)
-    first = next((i for i, message in enumerate(found) if message["role"] == "user"), 0)
+    # A model may have spelled a marker, or had nothing to say; neither is a mistake of the user's.
+    given = [{**one, "content": "..."} if one["role"] == "assistant" else one for one in found]
+    first = next((i for i, message in enumerate(given) if message["role"] == "user"), 0)
     in_front, later = (
         sum(message["content"].count(IMAGE) for message in part)
-        for part in (found[: first + 1], found[first + 1 :])
+        for part in (given[: first + 1], given[first + 1 :])
     )
     if (count, in_front, later) != (1, 0, 1):
-        found = place_images(found, count, where)
-    # A model may have had nothing to say; that is no mistake of the user's.
-    nothing = {"user": "", "system": "", "assistant": "..."}
-    given = [{**message, "content": message["content"] or nothing[message["role"]]} for message in found]
+        given = place_images(given, count, where)
     check_turns(given, where, answered=False)
-    return found
+    return [own if own["role"] == "assistant" else one for own, one in zip(found, given, strict=True)]
 
 
 def marked(text: str, count: int, where: str) -> str:

@@ -1,6 +1,7 @@
 """BLIP-3 in a user's hands: conversations with any number of pictures of any size; captions and answers by them.
 
-The marker <image> stands in a text where a picture stands. A picture that is alone in its conversation is put in front
+With a temporal encoder it takes a video wherever it takes a picture: a path like clip.mp4, or a `data.video.Video`. The
+marker <image> stands in a text where a picture or a video stands. One that is alone in its conversation is put in front
 of the first thing the user says, as in training, if it has no marker or one in there.
 """
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from openblip.api_arguments import Image, Messages, Request, ahead, questioned, requests, row_seeds
 from openblip.api_blip import Pipeline, spoken
 from openblip.api_llm import quantise_
-from openblip.api_reader import ChatReader, Prompt, Wish
+from openblip.api_reader import ChatReader, Prompt, one_text
 from openblip.api_talk import Talk
 from openblip.config import UserError
 from openblip.data.conversation import CAPTION_PROMPT
+from openblip.data.video import FRAMES
 from openblip.hub import Pretrained
 from openblip.models.generation import GenerationConfig
 
@@ -49,7 +51,10 @@ class ChatPipeline(Pipeline):
         super().__init__(pretrained, device=device, dtype="bf16" if is_int8 else dtype, batch_size=batch_size)
         if is_int8:
             quantise_(self.model.lm)
-        self.reader = ChatReader(self.model, words, self.transform, self.device, self.dtype, self.batch_size)
+        frames = self.info.get("frames", FRAMES)
+        self.reader = ChatReader(
+            self.model, words, self.transform, self.device, self.dtype, self.batch_size, frames
+        )
 
     @property
     def can_caption(self) -> bool:
@@ -72,14 +77,14 @@ class ChatPipeline(Pipeline):
         images: of the conversation in the order of their markers, one or a list; for several conversations a list of
             that for each. None: those that the parts of the messages bring.
         generation: as for `caption`; greedy by default. An answer has at most max_new_tokens; if none is given, 768,
-            or as many as the context has room for.
+            or a quarter of a small context. There must be room for as many.
 
         Raises UserError: no such messages, as many markers as images there are not, an image that cannot be read, or
         more tokens than the context has room for; it says by how many.
         """
-        wish = Wish.of(self.chat_options, generation)
+        config = self.reader.options(self.chat_options, generation)
         single, asked = requests(messages, images)
-        said = self._replies(asked, self.reader.chat_prompt, wish, row_seeds(wish.config.seed, len(asked)))
+        said = self._replies(asked, self.reader.chat_prompt, config, row_seeds(config.seed, len(asked)))
         return said[0][0] if single else [texts[0] for texts in said]
 
     def chat_stream(
@@ -89,8 +94,8 @@ class ChatPipeline(Pipeline):
         single, asked = requests(messages, images)
         if not single:
             raise UserError("chat_stream: one conversation at a time")
-        wish = Wish.of(self.chat_options, generation)
-        return self._streamed(self.reader.chat_prompt(*asked[0]), wish)
+        config = self.reader.options(self.chat_options, generation)
+        return self._streamed(self.reader.chat_prompt(*asked[0]), config)
 
     def conversation(self, system: str | None = None) -> Talk:
         """A conversation in several turns that remembers what was shown and said; `system` comes first in it."""
@@ -99,7 +104,8 @@ class ChatPipeline(Pipeline):
     def caption_stream(self, image: Image, prompt: str | None = None, **generation: Any) -> Iterator[str]:
         """The caption of one image, piece by piece as it is written (greedy or sampled, no beams)."""
         words, build = self._caption_prompt(prompt)
-        return self._streamed(build(words, [image], "caption"), Wish.of(self.caption_options, generation))
+        config = self.reader.options(self.caption_options, generation)
+        return self._streamed(build(words, [image], "caption"), config)
 
     def answer(
         self,
@@ -115,7 +121,7 @@ class ChatPipeline(Pipeline):
         prompt: what the model is asked, with {} for the question. The best answer is the likeliest as a whole; with
         length_penalty=1, the one whose tokens are the likeliest on average (see `Decoding.rank`).
         """
-        wish = Wish.of(self.answer_options, generation)
+        config = self.reader.options(self.answer_options, generation)
         single, images, questions = questioned(images, questions, answers)
         if "{}" not in prompt:
             raise UserError(f"answer: the prompt {prompt!r} has no {{}} where the question goes")
@@ -126,8 +132,8 @@ class ChatPipeline(Pipeline):
             for number, (image, question) in enumerate(zip(images, questions, strict=True))
         ]
         if answers is None:
-            seeds = row_seeds(wish.config.seed, len(asked))
-            said = [texts[0] for texts in self._replies(asked, self.reader.chat_prompt, wish, seeds)]
+            seeds = row_seeds(config.seed, len(asked))
+            said = [texts[0] for texts in self._replies(asked, self.reader.chat_prompt, config, seeds)]
         else:
             penalty = generation.get("length_penalty", 0.0)
             said = [answers[best] for best in self._best(asked, answers, penalty)]
@@ -149,28 +155,28 @@ class ChatPipeline(Pipeline):
         return asked, self.reader.chat_prompt
 
     def _batches(
-        self, asked: Sequence[Request], build: Callable[..., Prompt]
+        self, asked: Sequence[Request], build: Callable[..., Prompt], new_tokens: int
     ) -> Iterator[tuple[slice, list[Prompt]]]:
-        """Prompts, batch by batch; the pictures of the next are opened meanwhile."""
+        """Prompts, batch by batch, with room for new tokens; the pictures of the next are opened meanwhile."""
         size = self.batch_size
         parts = [slice(start, start + size) for start in range(0, len(asked), size)]
         made = ahead(lambda part: [build(*request) for request in asked[part]], parts)
-        yield from zip(parts, made, strict=True)
+        for part, prompts in zip(parts, made, strict=True):
+            for prompt in prompts:
+                self.reader.require_room(prompt, new_tokens)
+            yield part, prompts
 
     def _replies(
-        self, asked: Sequence[Request], build: Callable[..., Prompt], wish: Wish, seeds: Sequence[int]
+        self,
+        asked: Sequence[Request],
+        build: Callable[..., Prompt],
+        config: GenerationConfig,
+        seeds: Sequence[int],
     ) -> list[list[str]]:
-        """num_return_sequences texts for each request. Those that may be of one length are written together."""
+        """num_return_sequences texts for each request."""
         said: list[list[str]] = []
-        for part, prompts in self._batches(asked, build):
-            configs = [self.reader.limited(prompt, wish) for prompt in prompts]
-            found: dict[int, list[str]] = {}
-            for limit in sorted({config.max_new_tokens for config in configs}):
-                members = [i for i, config in enumerate(configs) if config.max_new_tokens == limit]
-                own = [seeds[part][i] for i in members]
-                texts = self.reader.written([prompts[i] for i in members], configs[members[0]], own)
-                found |= dict(zip(members, texts, strict=True))
-            said += [found[i] for i in range(len(prompts))]
+        for part, prompts in self._batches(asked, build, config.max_new_tokens):
+            said += self.reader.written(prompts, config, seeds[part])
         return said
 
     def _captions(
@@ -178,11 +184,12 @@ class ChatPipeline(Pipeline):
     ) -> list[list[str]]:
         words, build = self._caption_prompt(prompt)
         asked: list[Request] = [(words, [image], f"image {i}") for i, image in enumerate(images)]
-        return self._replies(asked, build, Wish(config), seeds)
+        return self._replies(asked, build, config, seeds)
 
-    def _streamed(self, prompt: Prompt, wish: Wish) -> Iterator[str]:
+    def _streamed(self, prompt: Prompt, config: GenerationConfig) -> Iterator[str]:
         """Mistakes show at once, before the first piece is asked for."""
-        return self._pieces_of(prompt, self.reader.limited(prompt, wish.one_text()))
+        self.reader.require_room(prompt, one_text(config).max_new_tokens)
+        return self._pieces_of(prompt, config)
 
     @torch.inference_mode()
     def _pieces_of(self, prompt: Prompt, config: GenerationConfig) -> Iterator[str]:
@@ -192,11 +199,8 @@ class ChatPipeline(Pipeline):
     def _best(self, asked: Sequence[Request], answers: Sequence[str], length_penalty: float) -> list[int]:
         """The index of the likeliest answer to each request, whose prompts are of one template: they end alike."""
         ids, mask = self.reader.padded([self.reader.answer_ids(answer) for answer in answers])
-        wish = Wish(GenerationConfig(max_new_tokens=ids.shape[1]))
         best: list[int] = []
-        for _, prompts in self._batches(asked, self.reader.chat_prompt):
-            for prompt in prompts:
-                self.reader.limited(prompt, wish)
+        for _, prompts in self._batches(asked, self.reader.chat_prompt, ids.shape[1]):
             with torch.inference_mode():
                 decoding = self.model.begin(*self.reader.embedded(prompts))
                 best += decoding.rank(ids, mask, length_penalty=length_penalty).argmax(dim=1).tolist()

@@ -8,7 +8,7 @@ Shapes: b conversations, L tokens, K vision tokens of a picture, H width of the 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +18,20 @@ from torch.nn.utils.rnn import pad_sequence
 from openblip.api_arguments import Image, Messages, options, placed, row_seeds
 from openblip.config import UserError
 from openblip.data.chat import CHAT_TEMPLATES, BadChat, ChatTokenizer, chat_tokenizer
-from openblip.data.collate_chat import Grid, TileEmbeds, conditions
+from openblip.data.collate_chat import TileEmbeds, conditions, video_tiles
 from openblip.data.conversation import IMAGE
 from openblip.data.image import BadImage, open_image
 from openblip.data.prompts import LmTokenizer, Message
 from openblip.data.rows import BadRow
-from openblip.data.tiles import Tiles, TileTransform
+from openblip.data.tiles import TileTransform
 from openblip.data.tokens import Tokens
 from openblip.data.transforms import ImageTransform
+from openblip.data.video import FRAMES, as_video
 from openblip.models.blip3 import Blip3
 from openblip.models.decoding import Decoding
 from openblip.models.generation import GenerationConfig, generate, stream
 
-MAX_ANSWER = 768  # new tokens of an answer, as in the released code, where the context has room for them
+MAX_ANSWER = 768  # new tokens of an answer, as in the released code; of a small context, a quarter
 
 
 @dataclass(frozen=True)
@@ -38,54 +39,38 @@ class Prompt:
     """What the language model is to go on from. `question`: what a resampler that reads questions is told."""
 
     tokens: Tokens
-    tiles: list[Tiles]
+    tiles: list[TileEmbeds]  # of which the tower is still to be asked
     question: str
     where: str
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Generation options; with `shrinks`, max_new_tokens was not given, and is as many as there is room for."""
-
-    config: GenerationConfig
-    shrinks: bool = False
-
-    @classmethod
-    def of(cls, usual: dict[str, Any], generation: dict[str, Any]) -> "Wish":
-        """A caller's options over the usual ones."""
-        config = options({"max_new_tokens": MAX_ANSWER, **usual}, generation)
-        return cls(config, "max_new_tokens" not in {**usual, **generation})
-
-    def one_text(self) -> "Wish":
-        """This one. Raises UserError: it cannot be said as it is written, or is for several texts."""
-        beams, texts = self.config.num_beams, self.config.num_return_sequences
-        if beams > 1:
-            raise UserError(f"num_beams {beams}: beam search cannot stream; set num_beams to 1")
-        if texts > 1:
-            raise UserError(f"num_return_sequences {texts}: a stream is of one text")
-        return self
+def one_text(config: GenerationConfig) -> GenerationConfig:
+    """These options. Raises UserError: they are of what cannot be said as it is written, or of several texts."""
+    if config.num_beams > 1:
+        raise UserError(f"num_beams {config.num_beams}: beam search cannot stream; set num_beams to 1")
+    if config.num_return_sequences > 1:
+        raise UserError(f"num_return_sequences {config.num_return_sequences}: a stream is of one text")
+    return config
 
 
 class ChatReader:
     """A `Blip3` with the tokenizer of its language model; `transform` is that of a tile.
 
-    batch_size: tiles that the tower looks at together.
+    batch_size: tiles that the tower looks at together. frames: that are taken of a video.
     """
 
     def __init__(
         self, model: Blip3, words: LmTokenizer, transform: ImageTransform, device: torch.device,
-        dtype: torch.dtype, batch_size: int,
+        dtype: torch.dtype, batch_size: int, frames: int = FRAMES,
     ) -> None:  # fmt: skip
-        self.model, self.words = model, words
+        self.model, self.words, self.frames = model, words, frames
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
         self.tiles = TileTransform(transform, model.config.used_grids)
         self.reads_questions = model.config.resampler.condition_size is not None
         family = model.lm.config.family
         can_chat = family in CHAT_TEMPLATES or words.has_chat_template
         self._format = chat_tokenizer(words, model.image_token_id, family) if can_chat else None
-        self.ends: dict[str, Any] = model.ends()
-        if self._format is not None and self._format.end_id not in self.ends["eos_token_id"]:
-            self.ends["eos_token_id"] = [*self.ends["eos_token_id"], self._format.end_id]
+        self.ends = model.ends([] if self._format is None else [self._format.end_id])
 
     @property
     def chat_format(self) -> ChatTokenizer:
@@ -99,13 +84,15 @@ class ChatReader:
     def chat_prompt(self, messages: Messages, images: Sequence[Image], where: str) -> Prompt:
         """A conversation, up to where the model answers. Raises BadRow."""
         tiles = self.opened(images, where)
-        return self.prompt(messages, [picture.grid for picture in tiles], tiles, where)
+        return self.prompt(messages, tiles, tiles, where)
 
-    def prompt(self, messages: Messages, grids: Sequence[Grid], tiles: list[Tiles], where: str) -> Prompt:
-        """The same of pictures with these grids, of which `tiles` are still to be looked at."""
-        said = placed(messages, len(grids), where)
+    def prompt(
+        self, messages: Messages, pictures: Sequence[TileEmbeds], tiles: list[TileEmbeds], where: str
+    ) -> Prompt:
+        """The same of these pictures, of which `tiles` are still to be looked at."""
+        said = placed(messages, len(pictures), where)
         try:
-            tokens = self.chat_format.prompt(said, self._lengths(grids))
+            tokens = self.chat_format.prompt(said, self._lengths(pictures))
         except BadChat as error:
             raise BadRow(error.reason, where, error.detail) from error
         return Prompt(tokens, tiles, said[-1]["content"].replace(IMAGE, "").strip(), where)
@@ -114,17 +101,25 @@ class ChatReader:
         """A document that begins with pictures, and perhaps with some words about them. Raises BadRow."""
         tiles = self.opened(images, where)
         pieces = [Tokens.text(self.words.start_ids, counted=False)]
-        for length in self._lengths([picture.grid for picture in tiles]):
+        for length in self._lengths(tiles):
             pieces.append(Tokens.image(self.model.image_token_id, length))
         pieces.append(Tokens.text(self.words.encode(words), counted=False))
         return Prompt(Tokens.join(pieces), tiles, words, where)
 
-    def opened(self, images: Sequence[Image], where: str) -> list[Tiles]:
-        """Pictures as tiles. Raises BadRow."""
+    def opened(self, images: Sequence[Image], where: str) -> list[TileEmbeds]:
+        """Pictures as tiles, and videos as frames. Raises BadRow."""
         try:
-            return [self.tiles(open_image(image, draft_size=self.tiles.draft_size)) for image in images]
+            return [self._opened(image, where) for image in images]
         except BadImage as error:
             raise BadRow(error.reason, where, error.detail) from error
+
+    def _opened(self, image: Image, where: str) -> TileEmbeds:
+        if (video := as_video(image)) is None:
+            found = self.tiles(open_image(image, draft_size=self.tiles.draft_size))
+            return TileEmbeds(found.pixel_values, found.grid)
+        if self.model.temporal is None:
+            raise BadRow("video", where, "it shows a video, and this model has no temporal encoder")
+        return video_tiles(video, self.frames, self.tiles)
 
     def answer_ids(self, answer: str) -> list[int]:
         """An answer with the token that ends it. Raises UserError: it says nothing."""
@@ -134,39 +129,37 @@ class ChatReader:
         counted = [i for i in self.chat_format.preference(asked, answer, []).labels if i >= 0]
         return counted[: counted.index(self.chat_format.end_id) + 1]
 
-    def limited(self, prompt: Prompt, wish: Wish) -> GenerationConfig:
-        """The options, with as many new tokens as are wished for, or as there is room for.
+    def options(self, usual: dict[str, Any], generation: dict[str, Any]) -> GenerationConfig:
+        """A caller's options over the usual ones. If nobody says how long an answer may be: `MAX_ANSWER`."""
+        context = self.model.lm.context_length or 4 * MAX_ANSWER
+        most = max(1, min(MAX_ANSWER, context // 4))
+        return options({"max_new_tokens": most, **usual}, generation)
 
-        Raises UserError: there is not, and by how many tokens.
-        """
-        context, wanted = self.model.lm.context_length, wish.config.max_new_tokens
-        if context is None:
-            return wish.config
-        tokens, images = prompt.tokens, prompt.tokens.runs
-        least = 1 if wish.shrinks else wanted
-        if (over := len(tokens) + least - context) > 0:
+    def require_room(self, prompt: Prompt, new_tokens: int) -> None:
+        """Nothing. Raises UserError: there is no room for so many new tokens, and by how many."""
+        context, tokens, images = self.model.lm.context_length, prompt.tokens, prompt.tokens.runs
+        if context is not None and (over := len(tokens) + new_tokens - context) > 0:
             seen = sum(stop - start for start, stop in images)
             raise UserError(
-                f"{prompt.where}: {len(tokens)} tokens, {seen} of them for {len(images)} images, and {least} to write "
-                f"are {over} more than the {context} of this language model's context"
+                f"{prompt.where}: {len(tokens)} tokens, {seen} of them for {len(images)} images, and {new_tokens} to "
+                f"write (max_new_tokens) are {over} more than the {context} of this language model's context"
             )
-        return replace(wish.config, max_new_tokens=min(wanted, context - len(tokens)))
 
-    def _lengths(self, grids: Sequence[Grid]) -> list[int]:
-        return [self.model.config.vision_length(*grid[:2]) for grid in grids]
+    def _lengths(self, pictures: Sequence[TileEmbeds]) -> list[int]:
+        return [self.model.config.vision_length(*one.grid[:2], one.frames) for one in pictures]
 
     # --- embeddings -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def seen(self, tiles: Sequence[Tiles]) -> list[TileEmbeds]:
+    def seen(self, tiles: Sequence[TileEmbeds]) -> list[TileEmbeds]:
         """What the tower makes of pictures, a few tiles at a time."""
         if not tiles:
             return []
-        pixels = torch.cat([picture.pixel_values for picture in tiles]).split(self.batch_size)
+        pixels = torch.cat([picture.embeds for picture in tiles]).split(self.batch_size)
         embeds = torch.cat(
             [self.model.encode_image(part.to(self.device, self.dtype)) for part in pixels]
-        ).split([len(picture.pixel_values) for picture in tiles])
-        return [TileEmbeds(one, picture.grid) for one, picture in zip(embeds, tiles, strict=True)]
+        ).split([len(picture.embeds) for picture in tiles])
+        return [picture._replace(embeds=one) for one, picture in zip(embeds, tiles, strict=True)]
 
     @torch.inference_mode()
     def runs(self, pictures: Sequence[TileEmbeds], questions: Sequence[str]) -> list[Tensor]:
@@ -178,7 +171,8 @@ class ChatReader:
             found = conditions(questions, self.words)
             read = {name: value.to(self.device) for name, value in found.items()}
         grids = torch.tensor([picture.grid for picture in pictures])
-        return self.model.vision_runs(torch.cat([picture.embeds for picture in pictures]), grids, **read)
+        embeds, frames = torch.cat([one.embeds for one in pictures]), [one.frames for one in pictures]
+        return self.model.vision_runs(embeds, grids, frames=frames, **read)
 
     def embedded(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Embeddings [b, L, H] of prompts and which of them are real [b, L], padding last."""

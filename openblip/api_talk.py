@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openblip.api_arguments import Image, listed, marked
 from openblip.api_blip import spoken
-from openblip.api_reader import ChatReader, Prompt, Wish
+from openblip.api_reader import ChatReader, Prompt, one_text
 from openblip.config import UserError
 from openblip.data.collate_chat import TileEmbeds
 from openblip.data.conversation import IMAGE
@@ -43,7 +43,7 @@ class Talk:
         self._read: _Read | None = None
 
     def say(self, text: str, images: Image | Sequence[Image] = (), **generation: Any) -> str:
-        """The answer to a further message, with any number of further images. See `stream`."""
+        """The answer to a further message, with any number of further images and videos. See `stream`."""
         for _ in self.stream(text, images, **generation):
             continue
         return self.messages[-1]["content"]
@@ -56,16 +56,15 @@ class Talk:
 
         Raises UserError, at once: see `ChatPipeline.chat`.
         """
-        wish = Wish.of(self._usual, generation).one_text()
+        config = one_text(self._reader.options(self._usual, generation))
         new = listed(images)[1]
         messages: list[Message] = [
             *self.messages,
             {"role": "user", "content": marked(text, len(new), "chat")},
         ]
         tiles = self._reader.opened(new, "chat")
-        grids = [picture.grid for picture in self._seen] + [picture.grid for picture in tiles]
-        prompt = self._reader.prompt(messages, grids, tiles, "chat")
-        config = self._reader.limited(prompt, wish)
+        prompt = self._reader.prompt(messages, [*self._seen, *tiles], tiles, "chat")
+        self._reader.require_room(prompt, config.max_new_tokens)
         return self._answered(prompt, config, messages, [*self.images, *new], self._seen, self._runs)
 
     def undo(self) -> None:
@@ -73,7 +72,7 @@ class Talk:
         if len(self.messages) < 2:
             raise UserError("undo: nothing has been said yet")
         self.messages = self.messages[:-2]
-        left = sum(message["content"].count(IMAGE) for message in self.messages)
+        left = sum(one["content"].count(IMAGE) for one in self.messages if one["role"] != "assistant")
         self.images, self._seen = self.images[:left], self._seen[:left]
         self._runs = self._runs[:left]
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -24,7 +24,11 @@ from openblip.cli_make import (
     quickstart,
     train,
 )
+from openblip.cli_shared import AS_USUAL, How, check_file, progress
 from openblip.config import UserError
+
+if TYPE_CHECKING:
+    from openblip.data.rows import BadRows
 
 # Positional arguments, under the names that help shows them by.
 Paths = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE ...")]]
@@ -122,45 +126,48 @@ def vqa(
 
 
 def search(
-    data: Path, query: Query, model: str, split: str | None = None, top: int = 10,
-    rerank: int = 32, json: bool = False,
-) -> None:  # fmt: skip
+    data: str,
+    query: Query,
+    model: str,
+    top: int = 10,
+    rerank: int = 32,
+    how: How = AS_USUAL,
+    json: bool = False,
+) -> None:
     """Find the pictures that fit a text: by cosine first, the best of them by ITM logit + cosine (BLIP §5.1).
 
     Args:
         data: pictures, any layout `openblip info` understands.
         query: the text.
         model: a retrieval model (folder or hub name).
-        split: of the data.
         top: how many to show.
         rerank: how many of the best by cosine the ITM head looks at; 0: none. CLIP has no such head.
         json: print a list of {id, score, cosine} as JSON.
     """
     from openblip.api import load
     from openblip.data.rows import BadRows
-    from openblip.data.sources import open_source
     from openblip.search.scan import scan
 
     bad = BadRows()
-    source = open_source(str(data), split=split, require_captions=False)
+    source = how.open(data, require_captions=False)
     pipeline = load(model)
-    found = scan(pipeline, source, query, top=top, rerank=rerank, bad=bad)
+    with progress("looking at every picture", json) as report:
+        found = scan(pipeline, source, query, top=top, rerank=rerank, bad=bad, report=report)
     print_answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
     if rerank and not pipeline.can_match:
         print("this model has no ITM head: ranked by cosine alone", file=sys.stderr)
-    if bad.total:
-        print(f"{bad.total} rows could not be read: {dict(bad.counts)}", file=sys.stderr)
+    _say_skipped(bad)
 
 
 def eval(
     task: tyro.conf.Positional[Literal["retrieval", "caption", "vqa"]],
-    data: Path,
+    data: str,
     model: str,
-    split: str | None = None,
     k: int = 128,
     num_beams: int | None = None,
     prompt: str | None = None,
     out: Path | None = None,
+    how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
     """Evaluate a model as the papers do: retrieval with ITM rerank, captions (BLEU, ROUGE-L, CIDEr-D), VQA accuracy.
@@ -169,40 +176,45 @@ def eval(
         task: what to evaluate.
         data: rows with captions, or with questions and answers.
         model: folder or hub name.
-        split: of the data.
         k: candidates that the ITM head reranks, for each image and each text.
         num_beams: of beam search; by default the papers': 3, 5 for BLIP-2, 1 for BLIP-3.
         prompt: what captions begin with, or how a language model is asked (see caption and vqa).
         out: a file for the figures, with the model and the data they belong to.
-        json: print the figures as JSON.
+        json: print the figures as JSON; "skipped" counts the rows that could not be used, by reason.
     """
     from openblip.api import load
-    from openblip.data.sources import open_source
+    from openblip.data.rows import BadRows
     from openblip.eval import benchmarks
 
-    pipeline, rows = load(model), list(open_source(str(data), split=split))
-    if task == "retrieval":
-        figures = benchmarks.retrieval(pipeline, rows, k=k)
-    else:
-        protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
-        num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
-        figures = protocol(pipeline, rows, num_beams=num_beams, **given(prompt=prompt))
-    record = {"task": task, "model": model, "data": str(data), "split": split, "k": k, "num_beams": num_beams}
+    source, bad = how.open(data), BadRows()
+    if out is not None:
+        check_file(out)
+    pipeline = load(model)
+    with progress("looking at every picture", json) as report:
+        rows = benchmarks.usable_rows(task, source, bad, report=report)
+    with progress(task, json) as report:
+        if task == "retrieval":
+            figures = benchmarks.retrieval(pipeline, rows, k=k, report=report)
+        else:
+            protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
+            num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
+            figures = protocol(pipeline, rows, num_beams=num_beams, report=report, **given(prompt=prompt))
+    figures["skipped"] = dict(bad.counts)
+    record = {"task": task, "model": model, "data": data, "split": how.split, "k": k, "num_beams": num_beams}
     record |= given(prompt=prompt)
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
-    print_answer(
-        figures,
-        json,
-        lambda: _lines({name: v for name, v in figures.items() if name not in ("captions", "answers")}),
-    )
+    shown = {name: v for name, v in figures.items() if name not in ("captions", "answers", "skipped")}
+    print_answer(figures, json, lambda: _lines(shown))
+    _say_skipped(bad)
 
 
-def info(what: What = "", json: bool = False) -> None:
+def info(what: What = "", how: How = AS_USUAL, json: bool = False) -> None:
     """Say what a model or a data set holds; without an argument: the version and the recipes.
 
     Args:
-        what: a model folder, a file of weights, a hub name, or data.
+        what: a model folder, a file of weights, a hub name, or data: a file, a folder, a pattern, local or remote
+            (`s3://...`).
         json: print it as JSON.
     """
     from openblip import __version__
@@ -211,7 +223,10 @@ def info(what: What = "", json: bool = False) -> None:
         from openblip.recipes import RECIPES
 
         found: dict[str, Any] = {"openblip": __version__, "recipes": list(RECIPES)}
-    elif _is_model(Path(what)):
+    elif _is_data(what):
+        source = how.open(what, require_captions=False)
+        found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
+    else:
         from openblip.config import to_dict
         from openblip.hub import load_pretrained
 
@@ -223,20 +238,23 @@ def info(what: What = "", json: bool = False) -> None:
             "config": to_dict(made.model.config),
         }
         found |= {"info": made.info, "weights": str(made.report)}
-    else:
-        from openblip.data.sources import open_source
-
-        source = open_source(what)
-        found = {"rows": len(source), "kind": source.kind, "columns": source.columns, "splits": source.splits}
     print_answer(found, json, lambda: _lines(found))
 
 
-def _is_model(place: Path) -> bool:
-    """Whether `info` is asked about a model (or a name on the hub) and not about data."""
+def _is_data(what: str) -> bool:
+    """Whether `info` is asked about data, and not about a model or a name on the hub."""
     from openblip.convert.files import SUFFIXES
 
-    is_folder = (place / "config.json").is_file()
-    return is_folder or not place.exists() or (place.is_file() and place.suffix in SUFFIXES)
+    if "://" in what or set(what) & set("*?[{"):  # which no model's name has
+        return True
+    place = Path(what)
+    is_model = (place / "config.json").is_file() or (place.is_file() and place.suffix in SUFFIXES)
+    return place.exists() and not is_model
+
+
+def _say_skipped(bad: "BadRows") -> None:
+    if bad.total:
+        print(f"{bad.total} rows could not be used: {bad.summary()}", file=sys.stderr)
 
 
 def _lines(values: dict[str, Any], indent: str = "") -> str:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Pictures = tyro.conf.UseAppendAction[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE")]]
 Turns = tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")]]
 
-_COMMANDS = "/image FILE adds a picture to what you say next, /undo takes the last turn back, /quit ends"
+_COMMANDS = (
+    "/image FILE adds a picture or video to what you say next, /undo takes the last turn back, /quit ends"
+)
 
 
 def chat(
@@ -33,15 +35,15 @@ def chat(
     seed: int | None = None,
     json: bool = False,
 ) -> None:
-    """Talk with a BLIP-3 about pictures, in several turns; Ctrl-D ends. `/image FILE` shows it one more.
+    """Talk with a BLIP-3 about pictures and videos, in several turns; Ctrl-D ends. `/image FILE` shows it one more.
 
     Args:
         model: a BLIP-3 (folder or hub name).
-        image: a picture that belongs to the first message; give it once for each.
+        image: a picture, or a video such as clip.mp4, that belongs to the first message; give it once for each.
         message: what to say, instead of asking for it; give it once for each turn. A marker <image> may stand where a
             picture stands, otherwise they stand in front.
         system: told to the model before the conversation.
-        max_new_tokens: longest answer; by default 768, or as many as there is room for.
+        max_new_tokens: longest answer; by default 768, or a quarter of a small context. There must be room for it.
         min_new_tokens: shortest answer.
         do_sample: nucleus sampling instead of the likeliest token each time.
         top_p: of nucleus sampling.
@@ -51,10 +53,9 @@ def chat(
     if json and not message:
         raise UserError("chat: --json is for conversations that are given: add --message")
     from openblip.api import ChatPipeline, load
-    from openblip.data.image import open_image
 
     for path in image:
-        open_image(path)  # before the model is loaded, which takes longer
+        _look_at(path)  # before the model is loaded, which takes longer
     options = given(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
     options |= {"do_sample": True, "top_p": top_p, **given(seed=seed)} if do_sample else {}
     pipeline = load(model)
@@ -96,12 +97,10 @@ def _converse(talk: "Talk", images: list[Path], options: dict[str, Any]) -> None
 
 def _command(text: str, talk: "Talk", images: list[Path]) -> None:
     """`images` are those that were not shown yet."""
-    from openblip.data.image import open_image
-
     name, _, rest = text.partition(" ")
     if name == "/image" and rest:
         path = Path(rest.strip()).expanduser()
-        open_image(path)
+        _look_at(path)
         images.append(path)
     elif text == "/undo" and images:
         images.clear()
@@ -111,6 +110,14 @@ def _command(text: str, talk: "Talk", images: list[Path]) -> None:
         print("the last turn was taken back", file=sys.stderr)
     else:
         raise UserError(f"{name}: {_COMMANDS}")
+
+
+def _look_at(path: Path) -> None:
+    """Raises BadImage: a picture or video that cannot be read."""
+    from openblip.data.image import open_image
+    from openblip.data.video import as_video, read_frames
+
+    open_image(path) if as_video(path) is None else read_frames(path, 1)
 
 
 def _print_pieces(pieces: Iterator[str], shown: bool) -> str:

@@ -1,13 +1,15 @@
 """The commands that make something: models, cleaned data, a page on the hub. Those that use it are in `cli`."""
 
 import json
-import shutil
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from openblip.cli_shared import AS_USUAL, How, progress
 
 if TYPE_CHECKING:
     from openblip.recipes import Recipe
@@ -19,12 +21,13 @@ RepoName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OWNER/NAME
 
 
 def quickstart(
-    data: Path | None = None,
-    out: Path = Path("quickstart"),
+    data: str | None = None,
+    out: Path | None = None,
     seed: int = 0,
     noise: float = 0.4,
     human: int = 300,
     test: int = 400,
+    how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
     """Take noisy pairs, train BLIP, bootstrap the captions with CapFilt, train again, and show what it gained.
@@ -32,7 +35,8 @@ def quickstart(
     Args:
         data: your own pictures with true captions (any layout `openblip info` understands); otherwise OpenMoji
             drawings from registry packages.
-        out: folder for models, report.html and results.json; a second call goes on where the first one stopped.
+        out: folder for models, report.html and results.json; a second call goes on where the first one stopped. By
+            default `quickstart`, and with data of yours `quickstart-` and their name.
         seed: of the split, the planted noise, and all training.
         noise: share of the web pairs whose captions are planted wrong.
         human: how many pairs count as human-labelled.
@@ -41,15 +45,18 @@ def quickstart(
     """
     from openblip.quickstart.run import run
 
-    results = run(data, out, seed=seed, noise=noise, human=human, test=test)
-    print_answer(results, json, lambda: f"report: {out / 'report.html'}\nresults: {out / 'results.json'}")
+    # Of its own, or a second call would find the models of other data there.
+    folder = out or Path("quickstart" if data is None else f"quickstart-{_name_of(data)}")
+    results = run(data, folder, seed=seed, noise=noise, human=human, test=test, **vars(how))
+    print_answer(
+        results, json, lambda: f"report: {folder / 'report.html'}\nresults: {folder / 'results.json'}"
+    )
 
 
 def train(
     recipe: RecipeName,
-    data: tuple[Path, ...],
+    data: tuple[str, ...],
     out: Path,
-    split: str | None = None,
     take: tuple[int, ...] = (),
     init: str | None = None,
     tokenizer: str | None = None,
@@ -58,15 +65,16 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
-    """Train one stage. Interrupted, the same call goes on; under torchrun, several processes share the batches.
+    """Train one stage. Interrupted (exit code 130), the same call goes on; torchrun shares the batches among processes.
 
     Args:
         recipe: the name of a recipe (`openblip info` lists them), or a JSON file of one.
-        data: image-text pairs, questions, or whatever the stage needs; several are trained on together.
+        data: image-text pairs, questions, or whatever the stage needs; several are trained on together, instructions in
+            proportion to the square root of the sizes (InstructBLIP §2.4) unless `take` says otherwise.
         out: run folder; the model lands in its `model` folder.
-        split: of the data.
         take: how many rows of each of several data sets, drawn by the seed 42; otherwise all of them.
         init: model folder, file of original weights, or hub name to begin with; a fine-tune needs one.
         tokenizer: folder with a vocabulary, for a CLIP that begins with nothing.
@@ -82,7 +90,7 @@ def train(
     from openblip.config import UserError
     from openblip.data.collate import Rows
     from openblip.data.mixture import MixedRows
-    from openblip.data.sources import open_source
+    from openblip.train import distributed
     from openblip.train.stage import run_stage
 
     chosen = _recipe(recipe)
@@ -96,29 +104,40 @@ def train(
     chosen = replace(chosen, train=replace(chosen.train, **changes), init=begin, tokenizer=words)
     if not data:
         raise UserError("train: no data given")
-    sources = [
-        open_source(str(one), split=split, require_captions=chosen.stage != "instruct") for one in data
-    ]
+    sources = [how.open(one, require_captions=chosen.stage != "instruct") for one in data]
     rows: Rows = sources[0] if len(sources) == 1 and not take else MixedRows(sources, take or None)
-    result = run_stage(chosen, rows, out, features=features)
-    answer = {"model": str(result.folder), "step": result.fit.step, "losses": result.fit.losses}
-    print_answer(answer | {"interrupted": result.fit.interrupted}, json, lambda: f"model: {result.folder}")
+    with progress("looking at every picture", json) as report:
+        result = run_stage(chosen, rows, out, features=features, report=report)
+    stopped = result.fit.interrupted
+    if distributed.is_main():
+        where = {
+            "checkpoint" if stopped else "model": str(result.fit.checkpoint if stopped else result.folder)
+        }
+        answer = {**where, "step": result.fit.step, "losses": result.fit.losses, "interrupted": stopped}
+        goes_on = (
+            f"interrupted after step {result.fit.step}: the same call goes on from {result.fit.checkpoint}"
+        )
+        print_answer(answer, json, lambda: goes_on if stopped else f"model: {result.folder}")
+    if stopped:
+        raise SystemExit(130)
 
 
 def capfilt(
-    data: Path,
+    data: str,
     out: Path,
     captioner: str,
     filter: str,
-    split: str | None = None,
     captions: int = 1,
     prompt: str | None = None,
     top_p: float = 0.9,
     threshold: float = 0.5,
     top_k: int | None = None,
-    human: Path | None = None,
+    human: str | None = None,
+    calibrate: str | None = None,
+    captionless: bool = False,
     seed: int = 0,
     batch_size: int = 32,
+    how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
     """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
@@ -130,55 +149,66 @@ def capfilt(
         out: job folder: scores, report.html, and the cleaned data as parquet and webdataset tars.
         captioner: a captioning model (folder or hub name).
         filter: a retrieval model.
-        split: of the data.
         captions: written per picture.
         prompt: begin of every written caption; the captioner's own if not given.
         top_p: of nucleus sampling.
         threshold: keep texts with at least this P(match); may be changed later without judging again.
         top_k: BLIP-2's rule instead: keep each picture's k best texts by ITC similarity.
         human: human-labelled pairs to add unchanged.
+        calibrate: human-labelled pairs that the filter was not trained on, to fit P(match) from both of its heads;
+            otherwise it is that of the ITM head alone. A small filter wants it (docs/results.md).
+        captionless: take pictures without captions too; they get written ones only.
         seed: with a picture's id, decides what is sampled.
         batch_size: pictures at a time.
+        how: of `data`; `human` and `calibrate` are read as usual.
         json: print the counts as JSON.
     """
     from dataclasses import replace
 
     from openblip.api import load
     from openblip.curate import dataset, engine
-    from openblip.curate.capfilt import CapFilt, CapFiltConfig, nucleus
+    from openblip.curate.capfilt import CapFilt, CapFiltConfig, fit_scale_on, nucleus
+    from openblip.curate.human import HumanRows
     from openblip.curate.report import write_report
-    from openblip.data.sources import open_source
 
+    source = how.open(data, require_captions=not captionless)
+    out.mkdir(parents=True, exist_ok=True)
+    with progress("looking at the human pairs", json) as report:
+        extra = HumanRows(AS_USUAL.open(human), out / "bad_human_rows.jsonl", report) if human else None
     generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
-    worker = CapFilt(load(captioner), load(filter), CapFiltConfig(generation, prompt, seed))
-    source = open_source(str(data), split=split)
-    result = engine.run(worker, source, out, batch_size=batch_size)
-    extra = dataset.HumanRows(open_source(str(human)), out / "bad_human_rows.jsonl") if human else None
-    for written in ("parquet", "webdataset"):  # by this command before, perhaps at another threshold
-        shutil.rmtree(out / written, ignore_errors=True)
+    config, judge = CapFiltConfig(generation, prompt, seed), load(filter)
+    if calibrate is not None:
+        held_out = HumanRows(AS_USUAL.open(calibrate), out / "bad_calibration_rows.jsonl")
+        with progress("fitting the filter's scale", json) as report:
+            config.scale = fit_scale_on(judge, held_out, report=report)
+    worker = CapFilt(load(captioner), judge, config)
+    with progress("writing and judging captions", json) as report:
+        result = engine.run(worker, source, out, batch_size=batch_size, progress=report)
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
         rule = {"rule": "top_k", "k": top_k}
-    dataset.write_parquet(out, source, out / "parquet", human=extra, **rule)
-    dataset.write_webdataset(out, source, out / "webdataset", human=extra, **rule)
+    # Over what this command wrote before, perhaps at another threshold.
+    dataset.write_parquet(out, source, out / "parquet", human=extra, over=True, **rule)
+    dataset.write_webdataset(out, source, out / "webdataset", human=extra, over=True, **rule)
     write_report(out, source, out / "report.html", threshold=threshold)
     print_answer(vars(result), json, lambda: f"report: {out / 'report.html'}")
 
 
 def bootstrap(
-    data: Path,
-    human: Path,
+    data: str,
+    human: str,
     out: Path,
     rounds: int = 1,
     model: str | None = None,
     pretrain: str = "small_pretrain",
     caption: str = "small_caption",
     retrieval: str = "small_retrieval",
-    split: str | None = None,
     captions: int = 1,
     threshold: float = 0.5,
+    held_out: int = 0,
     seed: int = 0,
     batch_size: int = 32,
+    how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
     """The whole of CapFilt, in rounds: captioner and filter from a model, cleaned data, a better model (BLIP §3.3).
@@ -196,23 +226,25 @@ def bootstrap(
         pretrain: recipe of every pre-training: a name (`openblip info` lists them) or a JSON file.
         caption: recipe of the captioner's fine-tune.
         retrieval: recipe of the filter's fine-tune.
-        split: of the web pairs.
         captions: written per picture.
         threshold: keep texts with at least this P(match).
+        held_out: keep every so many-th human pair out of the filter's training, to fit P(match) from both of its heads;
+            0: it is that of the ITM head alone. The small recipes want 4 (docs/results.md).
         seed: with a picture's id, decides what is sampled.
         batch_size: pictures at a time, when cleaning.
+        how: of `data`; `human` is read as usual.
         json: print the figures of every round as JSON.
     """
     from dataclasses import replace
 
     from openblip.curate.capfilt import CapFiltConfig, nucleus
     from openblip.curate.rounds import RoundsConfig, run_rounds
-    from openblip.data.sources import open_source
 
     worker = CapFiltConfig(replace(nucleus(), num_return_sequences=captions), seed=seed)
-    config = RoundsConfig(_recipe(pretrain), _recipe(caption), _recipe(retrieval), worker, threshold)
+    recipes = _recipe(pretrain), _recipe(caption), _recipe(retrieval)
+    config = RoundsConfig(*recipes, worker, threshold, held_out)
     found = run_rounds(
-        open_source(str(data), split=split), open_source(str(human)), out, config,
+        how.open(data), AS_USUAL.open(human), out, config,
         rounds=rounds, model=model, batch_size=batch_size, say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print_answer(found, json, lambda: f"model: {found[-1]['model']}")
@@ -231,6 +263,11 @@ def push(folder: ModelFolder, name: RepoName, private: bool = False, json: bool 
 
     url = push_to_hub(folder, name, private=private)
     print_answer({"url": url}, json, lambda: url)
+
+
+def _name_of(data: str) -> str:
+    """The last part of a path or URL, as a name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", Path(data).resolve().name).strip("-.") or "data"
 
 
 def _recipe(name: str) -> "Recipe":

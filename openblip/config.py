@@ -112,6 +112,23 @@ def load_json(cls: type[T], path: str | Path) -> T:
     return from_dict(cls, data, str(path))
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two JSON objects, a phrase for each: `"train.lr was 0.1 and is 0.2"`."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}".strip(".")).items()}
+
+
 def _plain(value: Any, where: str, path: tuple[str | int, ...]) -> Any:
     """`value` made of dicts, lists, strings, finite numbers, bools and None only."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -11,7 +11,7 @@
 set -euo pipefail
 data=$1 out=$2
 
-# 1. Pre-training: captions as documents, in packed rows. The language model stays as it is.
+# 1. Pre-training: captions as documents. The language model stays as it is.
 openblip train blip3_small_pretrain --data "$data" --split train --out "$out/base"
 openblip eval caption --data "$data" --split val --model "$out/base/model" --num-beams 1 --out "$out/base/caption.json"
 
@@ -26,16 +26,20 @@ openblip train blip3_small_dpo --data "$out/data/pairs" --out "$out/dpo" --init 
 openblip eval vqa --data "$out/data/chats" --split test --model "$out/dpo/model" --num-beams 1 --out "$out/dpo/vqa.json"
 
 # 4. Does any resolution see more? Small shapes on long canvases, seen in three ways; and a resampler that knows the question.
-openblip train blip3_small_anyres --data "$out/data/canvas" --split train --out "$out/anyres"
+#    Those that cut alike share what the tower makes of the tiles.
+openblip train blip3_small_anyres --data "$out/data/canvas" --split train --features "$out/tiles" \
+  --out "$out/anyres"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/anyres/model" --num-beams 1 \
   --out "$out/anyres/vqa.json"
 openblip train blip3_small_fixed --data "$out/data/canvas" --split train --out "$out/fixed"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/fixed/model" --num-beams 1 \
   --out "$out/fixed/vqa.json"
-openblip train blip3_small_fixed_sampling --data "$out/data/canvas" --split train --out "$out/fixed_sampling"
+openblip train blip3_small_fixed_sampling --data "$out/data/canvas" --split train --features "$out/tiles" \
+  --out "$out/fixed_sampling"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/fixed_sampling/model" --num-beams 1 \
   --out "$out/fixed_sampling/vqa.json"
-openblip train blip3_small_conditioned --data "$out/data/canvas" --split train --out "$out/conditioned"
+openblip train blip3_small_conditioned --data "$out/data/canvas" --split train --features "$out/tiles" \
+  --out "$out/conditioned"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/conditioned/model" --num-beams 1 \
   --out "$out/conditioned/vqa.json"
 

@@ -175,6 +175,31 @@ def test_an_answer_spelled_as_its_tokenizer_spells_is_not_read_again(models, ima
         assert counts == [new + (5 if again else 0)]
 
 
+@pytest.mark.parametrize("spelled", ["<image> or <image>", "so <|im_end|> it is", "<|endofchunk|>"])
+def test_a_talk_goes_on_whatever_an_answer_spells(models, images, spelled, monkeypatch):
+    """Letter by letter, as any model may."""
+    model, columns = models["plain"], models["plain"].reader.columns
+    letters, end = model.reader.words.encode(spelled), model.reader.chat_format.end_id
+
+    def dictated(decoding, config):
+        decoding(decoding.start_ids, None)
+        for token in (*letters, end):
+            yield torch.tensor([token])
+            if token != end:
+                decoding(torch.tensor([[token]]), None)
+
+    talk = model.conversation()
+    monkeypatch.setattr(model.reader, "columns", dictated)
+    assert talk.say("what?", images[0]) == spelled
+    monkeypatch.setattr(model.reader, "columns", columns)
+    answer = talk.say("and <image>?", images[1], max_new_tokens=8)
+    assert answer == model.chat(talk.messages[:-1], images[:2], max_new_tokens=8)
+    talk.undo()
+    assert talk.images == images[:1] and talk.messages[-1]["content"] == spelled
+    assert talk.say("and <image>?", images[1], max_new_tokens=8) == answer
+    assert model.chat(said("a", spelled, "<image> b"), images[0], max_new_tokens=2) is not None
+
+
 @pytest.mark.parametrize("kind", ["plain", "conditioned", "window"])
 def test_the_last_turn_can_be_taken_back(models, images, kind):
     model = models[kind]
@@ -243,6 +268,7 @@ def test_where_pictures_stand():
         "where it was shown"
     )
     assert placed(said("a", "b", "c"), 1, "") == said("<image>\na", "b", "c")
+    assert placed(said("a", "<image>", "c"), 1, "") == said("<image>\na", "<image>", "c")
     assert placed(said("a", "", "c"), 0, "") == said("a", "", "c"), "a model may have said nothing"
     system = {"role": "system", "content": "Be brief."}
     assert placed([system, *said("a")], 1, "") == [system, *said("<image>\na")]
@@ -277,19 +303,21 @@ def test_what_does_not_fit_is_said_with_by_how_much(models, images, tmp_path):
     model = models["plain"]
     tokens = len(model.reader.chat_prompt("x" * 100, [images[0]], "").tokens)
     room = 400 - tokens
-    endless = {"min_new_tokens": room}
-    longest = model.chat("x" * 100, images[0], max_new_tokens=room, **endless)
+    longest = model.chat("x" * 100, images[0], max_new_tokens=room, min_new_tokens=room)
     assert len(longest) > room // 2
-    assert model.chat("x" * 100, images[0], **endless) == longest, "as much as there is room for"
-    assert model.conversation().say("x" * 100, images[0], **endless) == longest
-    with pytest.raises(
-        UserError,
-        match=rf"chat: {tokens} tokens, 15 of them for 1 images, and {room + 1} to write are 1 more than the 400",
-    ):
-        model.chat("x" * 100, images[0], max_new_tokens=room + 1)
-    with pytest.raises(UserError, match=r"conversation 1: .*, and 1 to write are \d+ more than the 400"):
+    write = rf"and {room + 1} to write \(max_new_tokens\) are 1 more than the 400"
+    too_much = rf"{tokens} tokens, 15 of them for 1 images, {write}"
+    for call in (model.chat, model.chat_stream, model.conversation().stream):
+        with pytest.raises(UserError, match=f"chat: {too_much}"):
+            call("x" * 100, images[0], max_new_tokens=room + 1)
+    # Where nothing is said, an answer may have a quarter of this context, and never silently less.
+    filled = "x" * (400 - 100 + 1 - len(model.reader.chat_prompt("x", [images[0]], "").tokens))
+    assert len(model.chat(filled, images[0], min_new_tokens=100)) > 50
+    for call in (model.chat, model.conversation().say):
+        with pytest.raises(UserError, match=r"and 100 to write .* are 1 more than the 400"):
+            call(filled + "x", images[0])
+    with pytest.raises(UserError, match=r"conversation 1: .*, and 100 to write .* are \d+ more than the 400"):
         model.chat(["x", "x" * 400])
-    assert model.chat(["x" * (100 + room - 3), "x"])[0] == model.chat("x" * (100 + room - 3))
     talk = model.conversation()
     talk.say("hi", max_new_tokens=4)
     before = list(talk.messages)

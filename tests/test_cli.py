@@ -5,102 +5,15 @@ import json
 import subprocess
 import sys
 
-import pyarrow.parquet as pq
 import pytest
 
 import openblip
 from openblip import cli
 from openblip.config import save_json
-from openblip.data.sources import open_source
-from openblip.hub import load_pretrained
-from openblip.recipes import Recipe, recipe_named
-from openblip.train.config import TrainConfig
-from tests.tiny_models import picture_folder, question_folder, save_blip, save_clip, save_vqa
+from tests.tiny_models import picture_folder, question_folder
 from tests.tiny_recipes import tiny_recipe
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """blip, filter, vqa and clip: models; data: 8 pictures, 4 in each split; asked: 4 with questions."""
-    root = tmp_path_factory.mktemp("cli")
-    save_blip(root / "blip")
-    save_blip(root / "filter", seed=2, decoder=False, share=())
-    save_vqa(root / "vqa")
-    save_clip(root / "clip")
-    picture_folder(root / "data")
-    question_folder(root / "asked")
-    return root
-
-
-@pytest.fixture(autouse=True)
-def own_cache(root, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
-
-
-@pytest.fixture
-def answer(capsys):
-    """What a command prints with --json."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        cli.main([*map(str, arguments), "--json"])
-        return json.loads(capsys.readouterr().out)
-
-    return run
-
-
-@pytest.fixture
-def mistake(capsys):
-    """The one line a command ends with, with exit code 2."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main([*map(str, arguments)])
-        said = capsys.readouterr()
-        assert caught.value.code == 2 and said.out == ""
-        (line,) = said.err.strip().splitlines()
-        return line
-
-    return run
-
-
-def test_train_from_a_recipe_file_and_use_what_it_made(root, answer, tmp_path):
-    save_json(tiny_recipe(), tmp_path / "tiny.json")
-    data = ("--data", root / "data", "--out", tmp_path / "run", "--split", "train")
-    found = answer("train", tmp_path / "tiny.json", *data, "--steps", 2, "--seed", 7)
-    assert found["step"] == 2 and found["interrupted"] is False
-    assert {"itc", "itm", "lm"} <= set(found["losses"])
-    facts = answer("info", found["model"])
-    assert facts["model"] == "Blip" and facts["info"]["steps"] == 2
-    more = ("--init", found["model"], "--data", root / "data", "--out", tmp_path / "captioner")
-    save_json(tiny_recipe("caption"), tmp_path / "caption.json")
-    captioner = answer("train", tmp_path / "caption.json", *more)
-    assert captioner["step"] == 3
-    two = ("--data", root / "data", root / "data", "--take", 3, 5, "--out", tmp_path / "mixed")
-    assert answer("train", tmp_path / "tiny.json", *two, "--steps", 1)["step"] == 1
-    picture = root / "data/images/00.png"
-    options = ("--model", captioner["model"], "--max-new-tokens", 3)
-    assert list(answer("caption", picture, *options)) == [str(picture)]
-
-
-def test_capfilt_writes_job_datasets_and_report_and_may_be_called_again(root, answer, tmp_path):
-    call = ["capfilt", "--data", root / "data", "--out", tmp_path / "job"]
-    call += ["--captioner", root / "blip", "--filter", root / "filter", "--human", root / "data"]
-    found = answer(*call, "--threshold", 0)
-    assert (found["images"], found["rows"], found["found_done"], found["bad"]) == (8, 8, 0, {})
-    assert found["texts"] >= 9, "the web's and written ones"
-    tables = [pq.read_table(file) for file in sorted((tmp_path / "job/parquet").glob("*.parquet"))]
-    kinds = [one["kind"] for table in tables for row in table["provenance"].to_pylist() for one in row]
-    assert kinds.count("web") == kinds.count("human") == 8 and kinds.count("synthetic") == found["texts"] - 8
-    tars = open_source(tmp_path / "job/webdataset", cache_dir=tmp_path / "cache")
-    assert len(tars) == 16 and all(row.captions for row in tars)
-    report = (tmp_path / "job/report.html").read_text()
-    assert "data:image/" in report and "http" not in report.replace("http://www.w3.org", "")
-    again = answer(*call, "--top-k", 1)
-    assert again["found_done"] == again["shards"] == found["shards"], "no text is judged twice"
-    table = pq.read_table(sorted((tmp_path / "job/parquet").glob("*.parquet"))[0])
-    assert all(len(captions) == 1 for captions in table["captions"].to_pylist()), "but kept by the new rule"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_caption_match_and_vqa(root, answer):
@@ -142,72 +55,6 @@ def test_without_json_answers_are_lines_for_people(root, capsys):
     assert "rows: 8" in capsys.readouterr().out
 
 
-def test_bootstrap_hands_on_what_it_was_told(root, answer, monkeypatch, tmp_path):
-    told = {}
-
-    def run_rounds(web, human, out, config, **options):
-        told.update(options, web=len(web), human=len(human), out=out, config=config)
-        return [{"round": 1, "model": "x"}, {"round": 2, "model": "y"}]
-
-    monkeypatch.setattr("openblip.curate.rounds.run_rounds", run_rounds)
-    save_json(tiny_recipe("caption", 5), tmp_path / "caption.json")
-    call = [
-        "bootstrap",
-        "--data",
-        root / "data",
-        "--split",
-        "train",
-        "--human",
-        root / "data",
-        "--out",
-        tmp_path,
-    ]
-    call += [
-        "--rounds",
-        2,
-        "--caption",
-        tmp_path / "caption.json",
-        "--threshold",
-        0.7,
-        "--captions",
-        3,
-        "--seed",
-        9,
-    ]
-    assert [one["model"] for one in answer(*call, "--model", root / "blip")] == ["x", "y"]
-    assert (told["web"], told["human"], told["rounds"], told["out"]) == (4, 8, 2, tmp_path)
-    assert told["model"] == str(root / "blip") and told["batch_size"] == 32
-    config = told["config"]
-    assert config.caption.train.max_steps == 5 and config.pretrain == recipe_named("small_pretrain")
-    assert (config.threshold, config.capfilt.seed, config.capfilt.generation.num_return_sequences) == (
-        0.7,
-        9,
-        3,
-    )
-
-
-def test_push_says_where_it_is(root, answer, mistake, monkeypatch, tmp_path):
-    told = []
-    monkeypatch.setattr(
-        "openblip.hub.push_to_hub",
-        lambda *of, **how: told.append((*of, how)) or "https://hub.example/ann/blip",
-    )
-    assert answer("push", root / "blip", "ann/blip", "--private") == {"url": "https://hub.example/ann/blip"}
-    assert told == [(root / "blip", "ann/blip", {"private": True})]
-    monkeypatch.undo()
-    assert "no config.json" in mistake("push", tmp_path, "ann/blip")
-
-
-def test_train_takes_a_vocabulary_for_clip(root, answer, mistake, tmp_path):
-    geometry = load_pretrained(root / "clip").model.config
-    train = TrainConfig(max_steps=1, batch_size=2, save_every=None)
-    save_json(Recipe("clip", train, clip=geometry, augment=None, workers=0), tmp_path / "clip.json")
-    call = ("train", tmp_path / "clip.json", "--data", root / "data", "--out", tmp_path / "run")
-    assert "vocabulary" in mistake(*call)
-    assert answer(*call, "--tokenizer", root / "clip")["step"] == 1
-    assert answer("info", tmp_path / "run/model")["model"] == "Clip"
-
-
 def test_search_with_clip_ranks_by_cosine_and_says_so(root, capsys):
     call = ["search", "red", "--data", str(root / "data"), "--model", str(root / "clip"), "--json"]
     cli.main(call)
@@ -234,7 +81,7 @@ def test_search_finds_and_says_what_it_could_not_read(root, answer, capsys, tmp_
     cli.main(["search", "red", "--data", str(folder), "--model", str(root / "filter"), "--json"])
     said = capsys.readouterr()
     assert len(json.loads(said.out)) == 2, "pictures need no captions to be found"
-    assert "1 rows could not be read" in said.err
+    assert "1 rows could not be used: not_an_image 1" in said.err
 
 
 def test_eval_retrieval_caption_and_vqa(root, answer, tmp_path):
@@ -253,6 +100,42 @@ def test_eval_retrieval_caption_and_vqa(root, answer, tmp_path):
     assert len(found["answers"]) == 4 and 0 <= found["accuracy"] <= 1
 
 
+def test_eval_goes_past_bad_rows_and_broken_pictures_and_counts_them(root, answer, capsys, tmp_path):
+    folder = picture_folder(tmp_path / "data", 8)
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    lines[2] = '{"file_name": "images/02.png"}'  # no caption
+    (folder / "captions.jsonl").write_text("\n".join([*lines, "{no json", lines[1]]))
+    (folder / "images/03.png").write_bytes((folder / "images/03.png").read_bytes()[:100])
+    (folder / "images/04.png").unlink()
+    skipped = {"missing_caption": 1, "not_json": 1, "truncated": 1, "missing": 1}
+    call, out = ("--data", folder, "--model"), tmp_path / "not/there/figures.json"
+    found = answer("eval", "retrieval", *call, root / "filter", "--out", out)
+    assert (found["images"], found["texts"], found["skipped"]) == (5, 6, skipped)
+    assert json.loads(out.read_text())["figures"] == found
+    found = answer("eval", "caption", *call, root / "blip", "--num-beams", 1)
+    assert len(found["captions"]) == 5 and found["skipped"] == skipped
+    cli.main(["eval", "retrieval", *map(str, call), str(root / "filter")])
+    said = capsys.readouterr()
+    assert "skipped" not in said.out and "4 rows could not be used" in said.err and "truncated 1" in said.err
+
+    asked = question_folder(tmp_path / "asked", 4)
+    with (asked / "captions.jsonl").open("a") as file:
+        file.write('{"file_name": "images/00.png", "question": "what?"}\n')
+    (asked / "images/01.png").write_bytes(b"")
+    found = answer("eval", "vqa", "--data", asked, "--model", root / "vqa", "--num-beams", 1)
+    assert len(found["answers"]) == 3 and found["skipped"] == {"missing_answer": 1, "empty": 1}
+
+
+def test_eval_finds_out_at_once_that_its_figures_have_no_place(root, mistake, monkeypatch, tmp_path):
+    monkeypatch.setattr("openblip.api.load", lambda model: pytest.fail("loaded a model first"))
+    call = ("eval", "retrieval", "--data", root / "data", "--model", root / "filter", "--out")
+    assert "is a folder; name a file" in mistake(*call, tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "its folder cannot be made" in mistake(*call, tmp_path / "file/figures.json")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "must not be written" in mistake(*call, tmp_path / "figures.json")
+
+
 def test_info_of_a_model_of_data_and_of_openblip(root, answer):
     found = answer("info", root / "filter")
     assert found["model"] == "Blip" and found["config"]["decoder"] is False and found["parameters"] > 10_000
@@ -269,6 +152,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(root, mistake, tmp_path):
     assert "absent" in mistake("caption", picture, "--model", tmp_path / "absent")
     assert "no config.json" in mistake("caption", picture, "--model", root / "data")
     assert "absent.png" in mistake("caption", tmp_path / "absent.png", "--model", root / "blip")
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:100])
+    line = mistake("caption", picture, tmp_path / "half.png", "--model", root / "blip")
+    assert "bad image (truncated)" in line and "half.png" in line
     assert "no image given" in mistake("caption", "--model", root / "blip")
     assert "captioning" in mistake("caption", picture, "--model", root / "filter")
     assert "max_new_tokens" in mistake("caption", picture, "--model", root / "blip", "--max-new-tokens", 0)
@@ -342,6 +228,9 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
         assert page.startswith(name) and name in top
         parameters = inspect.signature(command).parameters
         for parameter, what in parameters.items():
+            if parameter == "how":
+                assert "--image-root" in page and "folder that relative image paths start from" in page
+                continue
             shown = POSITIONAL.get(parameter, f"--{parameter.replace('_', '-')}")
             assert shown in page, f"{name}: {parameter} is not in its help"
             assert what.default is not inspect.Parameter.empty or "(required)" in page

@@ -56,7 +56,7 @@ def test_the_openblip_commands_run(here, monkeypatch, capsys):
         except SystemExit as end:
             assert "--help" in arguments and end.code in (0, None), arguments
         assert capsys.readouterr().out.strip()
-    assert told and told[0][0] == Path("my_folder")
+    assert told and told[0][:2] == ("my_folder", Path("quickstart-my_folder"))
     assert (here / "runs/mine/model/model.safetensors").is_file()
 
 

@@ -81,6 +81,9 @@ def test_blip3_as_in_the_released_code():
         assert recipe.blip3.freeze_vision and recipe.language.trainable and recipe.train.shard
     assert dpo.language.lora is not None and not dpo.language.trainable and dpo.dpo_task.noise_step
     assert dpo.train.max_steps * dpo.train.batch_size == pytest.approx(62_600, rel=0.01)
+    assert all(
+        recipe_named(f"xgenmm_{name}").blip3.lm.first_added_id == 32012 for name in ("safety", "video")
+    )
     geometry = base.blip3
     assert geometry.tile_grouping == "strip" and geometry.sampling == "anyres"
     assert [geometry.vision_length(*grid) for grid in geometry.grids] == [384, 384, 640, 512, 512]
@@ -132,6 +135,12 @@ def test_small_recipes_begin_one_with_another():
         assert then.model == first.model and then.max_length == first.max_length
         assert then.vision_init is None and then.text_init is None and then.calibrate == 0
     assert first.vision_init and first.model.freeze_vision and first.augment is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_cosine_falls(name):
+    train = recipe_named(name).train
+    assert train.schedule != "cosine" or train.min_lr < train.lr
 
 
 @pytest.mark.parametrize("name", RECIPES)

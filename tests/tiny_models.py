@@ -135,7 +135,7 @@ def save_blip3(
     width = language.hidden_size if condition else None
     resampler = ResamplerConfig(16, 3, 1, 2, 8, 2, language.hidden_size, condition_size=width)
     model = Blip3(Blip3Config(language.config, VISION, resampler, **geometry), language)
-    for part in (model.vision, model.resampler):
+    for part in filter(None, (model.vision, model.resampler, model.temporal)):
         _liven_(part)
     for name, weight in model.lm.named_parameters():
         if "lora_" in name:

@@ -233,6 +233,11 @@ def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
+    if config.first_token_id is not None:
+        raise UserError(
+            f"transformers has no token before the soft prompt, and this model was trained with one: first_token_id is "
+            f"{config.first_token_id}"
+        )
     text = dict(config.lm.config)
     token = text.pop("image_token_index", None)
     if token is None:

@@ -122,8 +122,10 @@ def lm_tokenizer(model: Any, folder: Path) -> LmTokenizer | None:
     if not hasattr(model, "lm"):
         return None
     settings = model.lm.config
-    place = folder if settings.source is None else Path(lm_folder(settings.source))
-    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    place = str(folder) if settings.source is None else lm_folder(settings.source)
+    files = [Path(place) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    is_on_hub = settings.source is not None and not Path(place).exists()
+    if not is_on_hub and not any(file.is_file() for file in files):
         return None
     family = settings.family or settings.config["model_type"]
     return LmTokenizer.load(place, family, encoder_decoder=model.lm.is_encoder_decoder)

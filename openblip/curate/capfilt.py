@@ -11,7 +11,7 @@ BLIP-2's (§3.4).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from openblip.api import Pipeline
 from openblip.config import UserError, to_dict
-from openblip.data.collate import picture_key
+from openblip.data.collate import Rows, picture_key
 from openblip.data.features import FeatureCache
 from openblip.data.rows import Row
 from openblip.models.generation import GenerationConfig
@@ -88,7 +88,29 @@ class ScoredText:
         return asdict(self)
 
 
-def fit_match_scale(filter: Pipeline, rows: Sequence[Row], embeds: Tensor) -> MatchScale:
+def fit_scale_on(
+    filter: Pipeline, rows: Rows, *, most: int = 200, report: Callable[[int, int], None] | None = None
+) -> MatchScale:
+    """`fit_match_scale` on at most `most` of the rows, at even distances, whose pictures are opened.
+
+    Four digits are kept: a job that is gone on with elsewhere, where sums are rounded otherwise, has the same scale.
+    """
+    count = min(most, len(rows))
+    chosen = [rows[index] for index in np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()]
+    embeds = (
+        torch.cat([part for part, _ in filter.encoded([row.image for row in chosen])]) if chosen else None
+    )
+    scale = fit_match_scale(filter, chosen, torch.empty(0) if embeds is None else embeds, report=report)
+    return MatchScale(*(float(f"{value:.4g}") for value in (scale.itm, scale.itc, scale.bias)))
+
+
+def fit_match_scale(
+    filter: Pipeline,
+    rows: Sequence[Row],
+    embeds: Tensor,
+    *,
+    report: Callable[[int, int], None] | None = None,
+) -> MatchScale:
     """P(match) from the filter's two scores, of equal weight, as a logistic regression on their sum.
 
     rows: human pairs kept out of the filter's training; embeds [B, N, D] of their pictures. Every picture is
@@ -101,9 +123,11 @@ def fit_match_scale(filter: Pipeline, rows: Sequence[Row], embeds: Tensor) -> Ma
     if len(rows) < 2:
         raise UserError(f"{len(rows)} human pairs are too few to fit the filter's scale: give two or more")
     texts = [row.captions[0] for row in rows]
-    found = [
-        filter.match_embeds(picture[None], [texts]) for picture in embeds
-    ]  # rows² texts are many at once
+    found = []
+    for picture in embeds:  # rows² texts are many at once
+        found.append(filter.match_embeds(picture[None], [texts]))
+        if report is not None:
+            report(len(found), len(rows))
     own = np.eye(len(rows), dtype=bool).ravel()
     weight = np.where(own, 0.5 / own.sum(), 0.5 / (~own).sum())
     p = np.concatenate([one.probability[0] for one in found]).astype(np.float64).clip(1e-7, 1 - 1e-7)

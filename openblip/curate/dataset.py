@@ -15,7 +15,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
 from openblip.curate.engine import SCHEMA, ShardManifest, manifests, publish, scores_path
-from openblip.data.rows import BadRows, Row
+from openblip.data.rows import Row
 from openblip.data.sources import Source
 
 Rule = Literal["itm", "top_k"]
 
+_TITLE = "# A dataset bootstrapped by CapFilt"  # its card begins with
 _SHARD_IMAGES = 1000  # in a file of human rows; web rows stay in the shards they came in
 _MAGIC = {  # first bytes -> file name suffix
     b"\xff\xd8\xff": "jpg",
@@ -123,14 +124,16 @@ def write_parquet(
     threshold: float = 0.5,
     k: int = 2,
     human: Iterable[Row] | None = None,
+    over: bool = False,
 ) -> Written:
     """Write the bootstrapped dataset as parquet: image {bytes, path}, image_id, captions, provenance, split.
 
     Args:
         job: a finished job. source: what it was made of.
-        out: a new folder; it appears when it is complete.
+        out: a new folder; it appears when it is complete. over: or that of a dataset written before, which is there
+            until then.
         rule, threshold, k: see `decide`.
-        human: rows people vouch for, added unchanged and with kind "human": `HumanRows` of a second source.
+        human: rows people vouch for, added unchanged and with kind "human": `human.HumanRows` of a second source.
 
     Raises:
         UserError: the job is of another source or not finished, `out` is not empty, nothing is kept, a
@@ -153,7 +156,7 @@ def write_parquet(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, human)
+    return _write(job, source, Path(out), write, rule, threshold, k, human, over)
 
 
 def write_webdataset(
@@ -165,6 +168,7 @@ def write_webdataset(
     threshold: float = 0.5,
     k: int = 2,
     human: Iterable[Row] | None = None,
+    over: bool = False,
 ) -> Written:
     """Write the bootstrapped dataset as tars in img2dataset's layout; all else is as in `write_parquet`.
 
@@ -180,33 +184,7 @@ def write_webdataset(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, human)
-
-
-class HumanRows:
-    """The good rows of a source, to stand beside web rows: under ids of their own, for two folders may both have an
-    `images/1.jpg`. Bad ones are listed in the file `bad`; too many are a UserError (see `BadRows`).
-    """
-
-    def __init__(self, source: Source, bad: Path) -> None:
-        bad.unlink(missing_ok=True)
-        counted = BadRows(bad)
-        self.source = source
-        self.numbers: list[int] = []
-        for number in range(len(source)):
-            counted.saw()
-            with counted.skipping():
-                self.numbers += [number] if source[number].captions else []
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int, /) -> Row:
-        row = self.source[self.numbers[index]]
-        return replace(row, id=f"human/{row.id}")
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self[index] for index in range(len(self)))
+    return _write(job, source, Path(out), write, rule, threshold, k, human, over)
 
 
 def check_job(job: str | Path, source: Source) -> list[ShardManifest]:
@@ -270,14 +248,15 @@ def _write(
     threshold: float,
     k: int,
     human: Iterable[Row] | None,
+    over: bool,
 ) -> Written:
     """One file per shard of the job, then the human rows; beside `out` first, then renamed as a whole."""
     done = check_job(job, source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (over and _is_ours(out)):
         raise UserError(f"{out}: is there already; a dataset is written to a new folder")
-    part = out.with_name(f".{out.name}.part")
-    if part.exists():
-        shutil.rmtree(part)
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    for left_behind in (part, old):
+        shutil.rmtree(left_behind, ignore_errors=True)
     part.mkdir(parents=True)
     counts: Counter[str] = Counter()
     images = seen = files = 0
@@ -309,9 +288,15 @@ def _write(
     card = _card(done[0], rule, threshold, k, images, counts, left_out)
     publish(part / "README.md", card.encode())
     if out.exists():
-        out.rmdir()
+        out.rename(old)
     part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
     return Written(out, images, dict(counts), left_out)
+
+
+def _is_ours(folder: Path) -> bool:
+    card = folder / "README.md"
+    return card.is_file() and card.read_text(encoding="utf-8").startswith(_TITLE)
 
 
 def _web_samples(table: pa.Table, source: Source) -> Iterator[_Sample]:
@@ -368,7 +353,7 @@ def _card(
     rule_text = f"P(match) ≥ {threshold:g}" if rule == "itm" else f"the {k} best of an image by ITC"
     kinds = "\n".join(f"| {kind} captions | {count} |" for kind, count in sorted(counts.items()))
     facts = json.dumps(manifest.fingerprint, indent=2, ensure_ascii=False)
-    return f"""# A dataset bootstrapped by CapFilt
+    return f"""{_TITLE}
 
 Kept: {rule_text}.
 

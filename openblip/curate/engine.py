@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from openblip.config import UserError, load_json, to_dict
+from openblip.config import UserError, differences, load_json, to_dict
 from openblip.curate.capfilt import CapFilt
 from openblip.data.collate import picture_key
 from openblip.data.image import BadImage, open_image
@@ -273,18 +273,5 @@ def _list_bad(folder: Path, shards: Sequence[Shard], done: dict[str, ShardManife
 
 def refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise UserError if what `folder` holds was made with other settings than it now would; it names them."""
-    old, new = _flat(before), _flat(now)
-    differences = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise UserError(f"{folder}: holds a job made otherwise: {'; '.join(differences)}; use a new folder")
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}".strip(".")).items()}
+    if found := differences(before, now):
+        raise UserError(f"{folder}: holds a job made otherwise: {'; '.join(found)}; use a new folder")

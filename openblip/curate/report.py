@@ -142,24 +142,25 @@ def _histograms(texts: pa.Table, threshold: float, known: tuple[np.ndarray, np.n
 
 
 def _examples(texts: pa.Table, source: Source) -> list[str]:
-    """One section for each outcome: kept, dropped, rewritten, and both dropped."""
+    """One section for each outcome: kept, rewritten, written where there was no text, all dropped."""
     by_image: dict[str, list[Line]] = {}
     for line in texts.to_pylist():
         by_image.setdefault(line["id"], []).append(line)
-    outcomes: dict[str, list[Line]] = {"kept": [], "rewritten": [], "lost": []}
+    outcomes: dict[str, list[Line]] = {"kept": [], "rewritten": [], "written": [], "lost": []}
     for lines in by_image.values():
         web = [line for line in lines if line["kind"] == "web"]
-        if not web:
-            continue
-        best = max(web, key=lambda line: line["match"])
-        if best["kept"]:
-            outcomes["kept"].append(best)
+        best = max(web or lines, key=lambda line: line["match"])
+        if web and best["kept"]:
+            outcome = "kept"
+        elif any(line["kept"] for line in lines):
+            outcome = "rewritten" if web else "written"
         else:
-            rewritten = any(line["kept"] for line in lines)
-            outcomes["rewritten" if rewritten else "lost"].append(best)
+            outcome = "lost"
+        outcomes[outcome].append(best)
     titles = {
         "kept": ("Kept", "The web's text matches. From the weakest to the strongest."),
         "rewritten": ("Rewritten", "The web's text was dropped; one the captioner wrote is kept instead."),
+        "written": ("Written", "The picture came without a text; one that the captioner wrote is kept."),
         "lost": (
             "Dropped",
             "Neither the web's text nor one the captioner wrote matches: the picture is lost.",
@@ -167,6 +168,8 @@ def _examples(texts: pa.Table, source: Source) -> list[str]:
     }
     sections = []
     for outcome, (title, text) in titles.items():
+        if outcome == "written" and not outcomes["written"]:
+            continue
         chosen = even_sample(outcomes[outcome], EXAMPLES)
         shown = cards(_example(by_image[line["id"]], source) for line in chosen)
         share = len(outcomes[outcome]) / max(1, len(by_image))

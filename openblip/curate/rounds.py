@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from openblip.api import load
-from openblip.config import UserError, to_dict
+from openblip.config import UserError, from_dict, to_dict
 from openblip.curate import engine
-from openblip.curate.capfilt import CapFilt, CapFiltConfig
-from openblip.curate.dataset import HumanRows, write_parquet
+from openblip.curate.capfilt import CapFilt, CapFiltConfig, fit_scale_on
+from openblip.curate.dataset import write_parquet
+from openblip.curate.human import HumanRows
 from openblip.curate.report import write_report
-from openblip.data.collate import Rows
+from openblip.data.collate import Rows, rows_fingerprint
 from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
 from openblip.hub import save_pretrained
@@ -42,6 +43,9 @@ from openblip.train.stage import cache_features, run_stage
 class RoundsConfig:
     """What every round does in the same way. threshold: of P(match), for a text to be kept.
 
+    held_out: every so many-th human pair is kept out of the filter's training, to fit its scale (`fit_match_scale`),
+        which a small filter wants; 0: none, P(match) is that of the ITM head.
+
     Raises UserError for a recipe of another stage than its field's.
     """
 
@@ -50,11 +54,16 @@ class RoundsConfig:
     retrieval: Recipe = field(default_factory=small_retrieval)
     capfilt: CapFiltConfig = field(default_factory=CapFiltConfig)
     threshold: float = 0.5
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         for stage in ("pretrain", "caption", "retrieval"):
             if (found := getattr(self, stage).stage) != stage:
                 raise UserError(f"{stage}: wanted a recipe of this stage, got one of {found!r}")
+        if self.held_out == 1 or self.held_out < 0:
+            raise UserError(
+                f"held_out {self.held_out}: wanted 2 or more, so that pairs are left, or 0 for none"
+            )
 
 
 def run_rounds(
@@ -86,12 +95,20 @@ def run_rounds(
     out.mkdir(parents=True, exist_ok=True)
     given = {"web": web.fingerprint, "human": human.fingerprint, "model": model and str(model)}
     settings = json.loads(json.dumps({**to_dict(config), **given}))
-    if (out / "rounds.json").is_file():
-        engine.refuse_other(json.loads((out / "rounds.json").read_text(encoding="utf-8")), settings, out)
-    engine.publish(out / "rounds.json", json.dumps(settings, indent=2).encode())
+    listed = out / "rounds.json"
+    if listed.is_file():
+        before = json.loads(listed.read_text(encoding="utf-8"))
+        others = {name: before.pop(name) for name in given}
+        # Through the class: a setting that is new since then had its default.
+        engine.refuse_other(
+            {**to_dict(from_dict(RoundsConfig, before, str(listed))), **others}, settings, out
+        )
+    engine.publish(listed, json.dumps(settings, indent=2).encode())
 
     people = HumanRows(human, out / "bad_human_rows.jsonl")
     everyone = _Joined(web, people)
+    held_out = range(0, len(people), config.held_out) if config.held_out else range(0)
+    seen = people.part([index for index in range(len(people)) if index not in held_out])
     start = out / "start"
     if not (start / "config.json").is_file():
         made = prepare(config.pretrain, everyone)
@@ -112,9 +129,12 @@ def run_rounds(
 
     def one_round(folder: Path, newest: str | Path) -> dict[str, Any]:
         captioner = train(folder / "captioner", config.caption, people, newest)
-        judge = train(folder / "filter", config.retrieval, people, newest)
+        judge = load(train(folder / "filter", config.retrieval, seen, newest))
         say(f"{folder.name}: CapFilt over {len(web)} web rows")
-        worker = CapFilt(load(captioner), load(judge), config.capfilt, features=features)
+        settings = config.capfilt
+        if held_out:
+            settings = replace(settings, scale=fit_scale_on(judge, people.part(held_out)))
+        worker = CapFilt(load(captioner), judge, settings, features=features)
         engine.run(worker, web, folder / "job", batch_size=batch_size)
         if not (folder / "parquet").exists():
             write_parquet(folder / "job", web, folder / "parquet", threshold=config.threshold, human=people)
@@ -148,3 +168,8 @@ class _Joined:
 
     def __getitem__(self, index: int, /) -> Row:
         return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Those of both."""
+        return f"{rows_fingerprint(self.first)} {rows_fingerprint(self.second)}"

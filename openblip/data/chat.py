@@ -7,7 +7,8 @@ The template is rendered turn by turn into stretches: all that leads up to an an
 its turn. Each stretch is tokenised by itself, so that the ids of a chat are the same in training and in use, and the
 same whether it is encoded as a whole or was extended turn by turn.
 
-Control tokens that somebody typed into a message are refused. Only whole exchanges are left out of a conversation
+Control tokens that somebody typed into a message are refused; what a model said in a chat may spell them, and is read
+as the text it is. Only whole exchanges are left out of a conversation
 that is too long for training; a chat that is too long in use is an error.
 """
 
@@ -126,10 +127,12 @@ class ChatTokenizer:
     ) -> Tokens:
         """A chat up to where the model answers; nothing is counted, and nothing is cut.
 
+        What the assistant said holds neither markers nor control tokens, though it may spell them.
+
         Raises:
             BadChat: see there; `too_long` says by how many tokens.
         """
-        tokens = Tokens.join(self._tokens(messages, lengths))
+        tokens = Tokens.join(self._tokens(messages, lengths, in_use=True))
         if max_length is not None and len(tokens) > max_length:
             images = f", {sum(lengths)} of them for {len(lengths)} images" if lengths else ""
             raise BadChat(
@@ -161,26 +164,49 @@ class ChatTokenizer:
             raise BadChat("too_long", f"{detail}an answer in {max_length}")
         return fitted
 
-    def _tokens(self, messages: Sequence[Message], lengths: Sequence[int]) -> Iterator[Tokens]:
-        """The stretches of a chat: question, answer, question, ..."""
-        markers = sum(message["content"].count(IMAGE) for message in messages)
+    def _tokens(
+        self, messages: Sequence[Message], lengths: Sequence[int], *, in_use: bool = False
+    ) -> Iterator[Tokens]:
+        """The stretches of a chat: question, answer, question, ...; in use, answers are text whatever they spell."""
+        said = [message["content"] for message in messages if in_use and message["role"] == "assistant"]
+        read = [message["content"] for message in messages if not in_use or message["role"] != "assistant"]
+        markers = sum(text.count(IMAGE) for text in read)
         if markers != len(lengths):
             raise BadChat("image_count", f"the text has {markers} {IMAGE} markers for {len(lengths)} images")
-        for message in messages:
-            text = message["content"].replace(IMAGE, "")
-            typed = self.tokenizer.control_in(text)
-            typed = typed or next((name for name in AddedTokens.NAMES if name in text), None)
-            if typed is not None:
-                shown = text if len(text) <= 60 else text[:57] + "..."
-                raise BadChat("control_token", f"the message {shown!r} holds the control token {typed}")
-        rest = iter(lengths)
+        for text in read:
+            self._check(text.replace(IMAGE, ""))
+        rest, answers = iter(lengths), iter(said)
         for text, counted in self._stretches(messages):
+            if counted and in_use:
+                yield self._verbatim(text, next(answers))
+                continue
             pieces = []
             for number, piece in enumerate(text.split(IMAGE)):
                 if number:
                     pieces.append(Tokens.image(self.added.image, next(rest)))
                 pieces.append(Tokens.text(self.tokenizer.encode_rendered(piece), counted=counted))
             yield Tokens.join(pieces)
+
+    def _verbatim(self, text: str, said: str) -> Tokens:
+        """The stretch of an answer, in which what was said is no marker and no control token."""
+        if self._typed(said) is None:  # in one piece, as in training
+            return Tokens.text(self.tokenizer.encode_rendered(text), counted=True)
+        before, found, after = text.partition(said)
+        if not found:  # the template changes what was said
+            self._check(said)
+        ids = [*self.tokenizer.encode_rendered(before), *self.tokenizer.encode(said)]
+        return Tokens.text([*ids, *self.tokenizer.encode_rendered(after)], counted=True)
+
+    def _check(self, text: str) -> None:
+        """Raises BadChat: a control token in it."""
+        if (typed := self._typed(text)) is not None:
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise BadChat("control_token", f"the message {shown!r} holds the control token {typed}")
+
+    def _typed(self, text: str) -> str | None:
+        """The first control token that a text spells out."""
+        typed = self.tokenizer.control_in(text)
+        return typed or next((name for name in AddedTokens.NAMES if name in text), None)
 
     def _stretches(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """(text, whether it is an answer) in turn, beginning with a question; together the whole chat."""

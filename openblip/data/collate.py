@@ -7,6 +7,7 @@ image size, L text tokens, R answers.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,15 @@ def open_picture(
     except BadImage as error:
         raise BadRow(error.reason, row.where, error.detail) from error
     return transform(image, rng)  # type: ignore[arg-type]  # only an ImageTransform is called without rng
+
+
+def check_picture(row: Row) -> None:
+    """Raise BadRow if there is no picture, or one cannot be opened. A JPEG is decoded as small as it goes."""
+    for image in row.images or [row.image]:
+        try:
+            open_image(image, draft_size=1)
+        except BadImage as error:
+            raise BadRow(error.reason, row.where, error.detail) from error
 
 
 @dataclass(frozen=True)
@@ -285,6 +295,24 @@ def _truth(row: Row) -> int:
         return known[str(row.label).lower()]
     except KeyError:
         raise BadRow("bad_label", row.where, f"the label is {row.label!r}, wanted true or false") from None
+
+
+def rows_fingerprint(rows: Rows) -> str:
+    """A hash of what rows say: their own `fingerprint`, as a `Source` has one, or else of their ids and texts.
+
+    Pictures are not read.
+    """
+    if (own := getattr(rows, "fingerprint", None)) is not None:
+        return own
+    digest = hashlib.sha256()
+    for index in range(len(rows)):
+        try:
+            row = rows[index]
+            state: Any = [row.id, row.captions, row.question, row.answers, row.label, row.extra]
+        except BadRow as error:
+            state = error.reason
+        digest.update(json.dumps(state, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def text_lengths(rows: Rows) -> list[int]:

@@ -29,21 +29,20 @@ from openblip.data.image import BadImage, open_image
 from openblip.data.interleaved import document_tokens, pack, read_document
 from openblip.data.prompts import LmTokenizer
 from openblip.data.rows import BadRow, Row
-from openblip.data.tiles import TileTransform
+from openblip.data.tiles import Tiles, TileTransform
 from openblip.data.tokens import IGNORED, AddedTokens, Tokens
 from openblip.data.video import Video, read_frames
 
 Grid = tuple[int, int, int, int]  # columns, rows, width, height
 VisionLength = Callable[
-    ..., int
-]  # (columns, rows) -> vision tokens of an image; of a video: and how many frames
+    [int, int, int], int
+]  # (columns, rows, frames) -> vision tokens of an image, or video
 MAX_CONDITION = 64  # tokens of a question that an instruction-conditioned resampler reads
 
 
 class TileEmbeds(NamedTuple):
-    """What a frozen tower made of one picture's tiles: embeds [1 + columns · rows, N, D], and its grid.
-
-    Of a video: [frames, N, D].
+    """What a frozen tower made of one picture's tiles: embeds [1 + columns · rows, N, D], and its grid; or is still to
+    make of them: pixels [1 + columns · rows, 3, S, S]. Of a video: [frames, ...].
     """
 
     embeds: Tensor
@@ -57,6 +56,27 @@ class TileFeatures(Protocol):
     def lookup(self, key: str) -> TileEmbeds:
         """Of the picture with this key (`collate.picture_key`). Raises BadRow: it could not be read."""
         ...
+
+
+def open_tiles(row: Row, number: int, transform: TileTransform) -> Tiles:
+    """Picture `number` of a row as tiles.
+
+    Raises:
+        BadRow: the picture cannot be read; with the reason of `BadImage` and the place of the row.
+    """
+    try:
+        return transform(open_image(row.images[number], draft_size=transform.draft_size))
+    except BadImage as error:
+        raise BadRow(error.reason, row.where, error.detail) from error
+
+
+def video_tiles(video: Video, frames: int, transform: TileTransform) -> TileEmbeds:
+    """So many frames of a video, each as a base tile [frames, 3, S, S]. Raises BadImage: it cannot be read."""
+    shown = read_frames(video.source, frames)
+    # By numpy, as in `_images`. A short video shows a frame more than once.
+    made = {id(image): transform.base(image).numpy() for image in shown}
+    pixels = torch.from_numpy(np.stack([made[id(image)] for image in shown]))
+    return TileEmbeds(pixels, (0, 0, *shown[0].size), len(shown))
 
 
 @dataclass(frozen=True)
@@ -95,32 +115,18 @@ class TiledPictures:
         if self.features is not None:
             return self.features.lookup(picture_key(row, number))
         assert self.transform is not None
-        try:
-            if isinstance(reference, Video):
-                return self._frames(reference, self.transform)
-            image = open_image(reference, draft_size=self.transform.draft_size)
-        except BadImage as error:
-            raise BadRow(error.reason, row.where, error.detail) from error
-        found = self.transform(image, rng)
+        if isinstance(reference, Video):
+            assert self.frames is not None
+            try:
+                return video_tiles(reference, self.frames, self.transform)
+            except BadImage as error:
+                raise BadRow(error.reason, row.where, error.detail) from error
+        found = open_tiles(row, number, self.transform)
         return TileEmbeds(found.pixel_values, found.grid)
-
-    def _frames(self, video: Video, transform: TileTransform) -> TileEmbeds:
-        """The frames of a video, each as a base tile [frames, 3, S, S]."""
-        assert self.frames is not None
-        shown = read_frames(video.source, self.frames)
-        # By numpy, as below. A short video shows a frame more than once.
-        made = {id(image): transform.base(image).numpy() for image in shown}
-        pixels = torch.from_numpy(np.stack([made[id(image)] for image in shown]))
-        return TileEmbeds(pixels, (0, 0, *shown[0].size), len(shown))
 
     def lengths(self, pictures: Sequence[TileEmbeds]) -> list[int]:
         """Vision tokens of each picture."""
-        return [
-            self.vision_length(*picture.grid[:2])
-            if picture.frames == 1
-            else self.vision_length(0, 0, picture.frames)
-            for picture in pictures
-        ]
+        return [self.vision_length(*picture.grid[:2], picture.frames) for picture in pictures]
 
     def sample(self, row: Row, pictures: Sequence[TileEmbeds], kept: int) -> Sample:
         """What all samples have: pixels or embeds, "grids" and "frames" of the first `kept` pictures, and "id"."""
@@ -144,7 +150,7 @@ class ChatDataset(TiledPictures):
     max_images: int = field(default=MAX_IMAGES, kw_only=True)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """{"tokens", "question": what the user said last, "pixel_values" or "tile_embeds", "grids", "frames", "id"}.
+        """{"tokens", "question": the last in them, "pixel_values" or "tile_embeds", "grids", "frames", "id"}.
 
         Raises:
             BadRow: the row, its conversation or one of its pictures cannot be used.
@@ -159,7 +165,7 @@ class ChatDataset(TiledPictures):
         return {
             **self.sample(row, pictures, len(tokens.runs)),
             "tokens": tokens,
-            "question": found.question,
+            "question": found.question(tokens.answers),
         }
 
 
@@ -186,7 +192,7 @@ class PreferenceDataset(TiledPictures):
             rejected = self.chat.preference(messages, found.rejected, lengths, self.max_length)
         except BadChat as error:
             raise BadRow(error.reason, row.where, error.detail) from error
-        question = found.conversation.question
+        question = found.conversation.question()
         return {
             **self.sample(row, pictures, len(pictures)),
             "chosen": chosen,
@@ -200,12 +206,14 @@ class InterleavedDataset(TiledPictures):
     """Documents of text and images, and pictures with captions (§4.5, pre-training).
 
     A picture that cannot be read leaves its place; its bad row is in the sample's "problems". A document without a
-    readable one is bad itself, unless it never had one. `max_images` cuts a document before the next.
+    readable one is bad itself, unless it never had one. `max_images` cuts a document before the next;
+    `count_end_of_chunk`: see `interleaved`.
     """
 
     tokenizer: LmTokenizer = field(kw_only=True)
     added: AddedTokens = field(kw_only=True)
     max_images: int | None = field(default=None, kw_only=True)
+    count_end_of_chunk: bool = field(default=True, kw_only=True)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """{"tokens", "pixel_values" or "tile_embeds": a list, "grids", "frames", "id", "problems": list of BadRow}.
@@ -231,7 +239,10 @@ class InterleavedDataset(TiledPictures):
             raise BadRow(first.reason, row.where, f"none of its images can be read; {first}")
         document = document.without_images(problems)
         tiles = list(pictures.values())
-        tokens = document_tokens(document, self.lengths(tiles), self.tokenizer, self.added, self.max_length)
+        tokens = document_tokens(
+            document, self.lengths(tiles), self.tokenizer, self.added, self.max_length,
+            count_end_of_chunk=self.count_end_of_chunk,
+        )  # fmt: skip
         if not tokens.is_counted:
             raise BadRow("too_long", row.where, f"no text within the first {self.max_length} tokens")
         return {
@@ -351,8 +362,10 @@ def _stacked(rows: Sequence[Tokens], pad_id: int) -> Batch:
 
 def _conditions(samples: Sequence[Sample], tokenizer: LmTokenizer, max_length: int) -> Batch:
     """`conditions` of all images, if there is any use for it."""
+    if not max_length:  # documents ask nothing
+        return {}
     asked = [sample["question"] for sample in samples for _ in sample["grids"]]
-    return conditions(asked, tokenizer, max_length) if max_length else {}
+    return conditions(asked, tokenizer, max_length)
 
 
 def conditions(questions: Sequence[str], tokenizer: LmTokenizer, max_length: int = MAX_CONDITION) -> Batch:

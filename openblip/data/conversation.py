@@ -44,11 +44,10 @@ class Conversation:
     id: str
     where: str
 
-    @property
-    def question(self) -> str:
-        """What the user said last, without markers."""
+    def question(self, turns: int | None = None) -> str:
+        """What the user said last, without markers; of the first `turns` turns, if they are not all."""
         asked = [message["content"] for message in self.messages if message["role"] == "user"]
-        return asked[-1].replace(IMAGE, "").strip()
+        return asked[:turns][-1].replace(IMAGE, "").strip()
 
 
 @dataclass(frozen=True)

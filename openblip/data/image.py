@@ -82,6 +82,10 @@ def open_image(
     try:
         with _access(source) as file:
             return _decode(_identify(file), max_pixels, draft_size)
+    except BadImage as error:
+        if isinstance(source, str | os.PathLike) and error.reason != "missing":  # which says so already
+            raise BadImage(error.reason, f"{source!s}: {error.detail}") from error
+        raise
     except FileNotFoundError as error:
         hint = "; only local paths are opened, a URL is not fetched" if "://" in str(source) else ""
         raise BadImage("missing", f"there is no file {source!s}{hint}") from error

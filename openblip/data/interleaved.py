@@ -6,8 +6,11 @@ A chunk is all the text between two images; it is stripped, and empty ones are n
 image ends with <|endofchunk|>, so that a model shown a few examples knows where the next begins; the text before the
 first image and an image with no text behind it have none. Every text token, <|endofchunk|> and the end token are
 counted, images and the start are not. (OpenFlamingo's documents; it puts a token also behind an image without text.)
+xGen-MM's released code does not count <|endofchunk|>, against its authors' intention, as a remark in it says; with
+`count_end_of_chunk` False, nor does this.
 
-A document that is too long ends before the image that does not fit, or inside its last text: without an end token.
+A document that is too long, or has more images than are wanted, ends before the image that does not fit, or inside its
+last text: without an end token.
 Several documents are packed into one row by `pack`.
 """
 
@@ -25,17 +28,21 @@ IMAGE = AddedTokens.NAMES[0]
 
 @dataclass(frozen=True)
 class Document:
-    """Texts in order, with None where the next of `images` stands. `id` and `where` are the row's."""
+    """Texts in order, with None where the next of `images` stands. `id` and `where` are the row's.
+
+    goes_on: it was cut, so this is not its end.
+    """
 
     parts: list[str | None]
     images: list[Reference]
     id: str
     where: str
+    goes_on: bool = False
 
     def before_image(self, number: int) -> "Document":
         """What comes before image `number`."""
         places = [place for place, part in enumerate(self.parts) if part is None]
-        return replace(self, parts=self.parts[: places[number]], images=self.images[:number])
+        return replace(self, parts=self.parts[: places[number]], images=self.images[:number], goes_on=True)
 
     def without_images(self, missing: Collection[int]) -> "Document":
         """All but the images of these numbers; the texts around one become one chunk."""
@@ -87,6 +94,8 @@ def document_tokens(
     tokenizer: LmTokenizer,
     added: AddedTokens,
     max_length: int | None = None,
+    *,
+    count_end_of_chunk: bool = True,
 ) -> Tokens:
     """Ids and labels as at the head of this file, at most `max_length`.
 
@@ -102,8 +111,9 @@ def document_tokens(
 
     def end_chunk() -> None:
         if chunk:
-            end = [added.end_of_chunk] if seen else []
-            pieces.append(Tokens.text([*tokenizer.encode("\n\n".join(chunk)), *end], counted=True))
+            pieces.append(Tokens.text(tokenizer.encode("\n\n".join(chunk)), counted=True))
+            if seen:
+                pieces.append(Tokens.text([added.end_of_chunk], counted=count_end_of_chunk))
             chunk.clear()
 
     for part in document.parts:
@@ -114,7 +124,9 @@ def document_tokens(
         pieces.append(Tokens.image(added.image, lengths[seen]))
         seen += 1
     end_chunk()
-    tokens = Tokens.join([*pieces, Tokens.text([tokenizer.end_id], counted=True)])
+    if not document.goes_on:
+        pieces.append(Tokens.text([tokenizer.end_id], counted=True))
+    tokens = Tokens.join(pieces)
     return tokens if max_length is None else tokens.cut(max_length)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip.config import UserError
-from openblip.data.image import BadImage
+from openblip.data.image import BadImage, Readable
 from openblip.data.video import Video
 
 # The names under which people keep things; the first of each that has a value in a record is taken.
@@ -60,7 +60,8 @@ class ByteRange:
         return filesystem.cat_file(path, self.start, self.stop)
 
 
-Reference = str | bytes | ByteRange | Video  # a local path, encoded bytes, or where they are; a video of such
+# A local path, encoded bytes, or where they are; a video of such.
+Reference = str | bytes | ByteRange | Video | Readable
 
 
 @dataclass(slots=True)

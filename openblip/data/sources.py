@@ -186,6 +186,15 @@ class Source:
         part = bisect_right(self._ends, index)
         return self._parts[part].row(index - (self._ends[part - 1] if part else 0))
 
+    def light(self, index: int) -> Row:
+        """Row `index`, holding no picture: of one whose bytes stand in the source's table, where. Raises BadRow."""
+        row = self[index]
+        images: list[Reference] = [
+            InSource(self, index, number) if isinstance(image, bytes) else image
+            for number, image in enumerate(row.images)
+        ]
+        return replace(row, images=images)
+
     def __iter__(self) -> Iterator[Row]:
         """All rows; the first bad one ends it with `BadRow`. `rows` goes on."""
         return (self[index] for index in range(len(self)))
@@ -284,13 +293,14 @@ class Source:
         usual = {*IMAGE_NAMES, *itertools.chain(*PAIR_NAMES), *VIDEO_NAMES, *CHAT_NAMES}
         if reader.image_column is None and usual.isdisjoint(self.columns):
             raise UserError(
-                f"{self.path}: which column is the image? Name it with image_column=; there are: {found}"
+                f"{self.path}: which column is the image? Name it with image_column (--image-column); "
+                f"there are: {found}"
             )
         usual = {*CAPTION_NAMES, *QUESTION_NAMES, *CHAT_NAMES}
         if reader.require_captions and reader.caption_column is None and usual.isdisjoint(self.columns):
             raise UserError(
-                f"{self.path}: which column is the caption? Name it with caption_column=, or open it with "
-                f"require_captions=False; there are: {found}"
+                f"{self.path}: which column is the caption? Name it with caption_column (--caption-column); "
+                f"pictures without captions want require_captions=False (capfilt --captionless); there are: {found}"
             )
 
     def _select(self, split: str) -> "Source":
@@ -308,6 +318,21 @@ class Source:
             elif part.split == split:
                 parts.append(part)
         return Source(self.path, parts)
+
+
+@dataclass(frozen=True)
+class InSource:
+    """Picture `number` of a row, read when asked for."""
+
+    source: Source
+    index: int
+    number: int
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        image = self.source[self.index].images[self.number]
+        assert isinstance(image, bytes)
+        return image
 
 
 def _open_part(group: discover.Group, reader: RowReader, cache: Path) -> _Part:

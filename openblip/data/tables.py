@@ -125,7 +125,9 @@ def _published(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     except OSError as error:
-        raise UserError(f"cannot write to the cache ({error}); cache_dir= names another folder") from error
+        raise UserError(
+            f"cannot write to the cache ({error}); HF_DATASETS_CACHE or cache_dir= names another folder"
+        ) from error
     try:
         yield partial
         partial.replace(target)

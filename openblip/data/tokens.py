@@ -74,6 +74,13 @@ class Tokens:
         """Whether any label counts; the first cannot, nothing comes before it."""
         return any(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def answers(self) -> int:
+        """How many stretches of counted tokens there are; an image within one does not part it."""
+        inside = {place for start, stop in self.runs for place in range(start, stop)}
+        counted = [label != IGNORED for place, label in enumerate(self.labels) if place not in inside]
+        return sum(now and not before for before, now in zip([False, *counted], counted))
+
     def cut(self, length: int) -> "Tokens":
         """The first `length` tokens, or fewer: an image that does not fit goes, with all that follows it."""
         for start, stop in self.runs:

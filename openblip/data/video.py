@@ -33,6 +33,9 @@ FORMATS = (  # libav's names
     *("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg"),
     *("m4v", "h264", "hevc", "ivf", "gif", "apng"),
 )
+SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv"}
+)
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 Picture = str | os.PathLike[str] | bytes | Readable | Image.Image  # what `open_image` takes
@@ -60,6 +63,14 @@ class Video:
     def read(self) -> bytes:
         """Raises BadImage: `open_image` calls this where a picture is wanted."""
         raise BadImage("not_an_image", "it is a video, where a picture is wanted")
+
+
+def as_video(source: Any) -> Video | None:
+    """A video that is named where a picture could be: a `Video`, or a path that ends as videos do. None: a picture."""
+    if isinstance(source, Video):
+        return source
+    is_path = isinstance(source, str | os.PathLike) and Path(source).suffix.lower() in SUFFIXES
+    return Video(source) if is_path else None
 
 
 @dataclass(frozen=True)

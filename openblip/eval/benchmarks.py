@@ -1,25 +1,34 @@
 """The papers' evaluation protocols over rows: retrieval with ITM rerank, captioning, VQA. Each returns plain
 numbers.
+
+Rows with equal ids show the same picture; where pictures are what is measured, they count as one, with all captions.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openblip.api import Pipeline, generation_config
+from openblip.api import Pipeline, generation_config, row_seeds
 from openblip.config import UserError
-from openblip.data.collate import picture_key
+from openblip.data.collate import check_picture, picture_key
 from openblip.data.features import FeatureCache
-from openblip.data.rows import Row
+from openblip.data.loader import prefetch
+from openblip.data.rows import BadRow, BadRows, Row
+from openblip.data.sources import Source
 from openblip.data.text import clean_caption
 from openblip.eval.captions import caption_scores
 from openblip.eval.metrics import recall_at
 from openblip.eval.vqa import exact_match, vqa_accuracy
 
+Task = Literal["retrieval", "caption", "vqa"]
 Embeds = Callable[[Sequence[Row]], Tensor]  # rows -> image_embeds [B, N, D]
+Report = Callable[[int, int], None]  # called with (rows done, rows in all)
+
+_AT_A_TIME = 256  # pictures given to a pipeline between two reports
 
 
 def from_pictures(pipeline: Pipeline) -> Embeds:
@@ -32,6 +41,51 @@ def from_cache(cache: FeatureCache) -> Embeds:
     return lambda rows: torch.stack([cache.lookup(picture_key(row)) for row in rows])
 
 
+def usable_rows(task: Task, source: Source, bad: BadRows, *, report: Report | None = None) -> list[Row]:
+    """The rows of a source that can be measured, without the bytes of their pictures. The others are recorded in `bad`.
+
+    Every picture is opened once before the first is measured: figures are of a set that is known. Raises UserError if
+    none is left.
+    """
+    opened: set[str] = set()
+
+    def look(index: int) -> Row | BadRow:
+        try:
+            row = source.light(index)
+            if task == "vqa" and row.question is not None and not row.answers:
+                raise BadRow("missing_answer", row.where, "no answer in the row")
+            if task != "vqa" and not row.captions:
+                raise BadRow("missing_caption", row.where, "no caption in the row")
+            if row.id not in opened:
+                check_picture(row)
+                opened.add(row.id)
+            return row
+        except BadRow as error:
+            return error
+
+    rows: list[Row] = []
+    for done, found in enumerate(prefetch(look, range(len(source)), workers=2), start=1):
+        bad.saw()
+        if isinstance(found, BadRow):
+            bad.add(found.reason, found.where, found.detail)
+        else:
+            rows.append(found)
+        if report is not None:
+            report(done, len(source))
+    if not rows:
+        raise UserError(f"{source.path}: no row can be used for {task}: {bad.summary()}")
+    return rows
+
+
+def by_picture(rows: Sequence[Row]) -> list[Row]:
+    """One row for each picture, with the captions of all its rows; in the order of their first ones."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        first = found.get(row.id)
+        found[row.id] = row if first is None else replace(first, captions=[*first.captions, *row.captions])
+    return list(found.values())
+
+
 @torch.inference_mode()
 def retrieval(
     pipeline: Pipeline,
@@ -40,6 +94,7 @@ def retrieval(
     k: int = 128,
     rerank: bool = True,
     embeds: Embeds | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Image-to-text and text-to-image recall (BLIP §5.1): {"itc": {...}, "itm": {...}}.
 
@@ -47,6 +102,7 @@ def retrieval(
     these by ITM logit + cosine; all else comes last. CLIP has no ITM head: "itc" is all there is. Every caption
     of a row is a text. Images are projected once for all their candidates.
     """
+    rows = by_picture(rows)
     texts = [clean_caption(caption) for row in rows for caption in row.captions]
     owner = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
     if not texts or min(len(row.captions) for row in rows) == 0:
@@ -56,8 +112,12 @@ def retrieval(
     embeds = embeds or from_pictures(pipeline)
     text_features = torch.from_numpy(pipeline.embed_texts(texts))
     model, size = pipeline.matcher, pipeline.batch_size
-    blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
-    image_features = [model.image_features(_on(pipeline, embeds(rows[b]))).float().cpu() for b in blocks]
+    blocks = list(_parts(rows, size))
+    passes = len(rows) * (2 if rerank and pipeline.can_match else 1)
+    image_features = []
+    for block in blocks:
+        image_features.append(model.image_features(_on(pipeline, embeds(rows[block]))).float().cpu())
+        _tell(report, block.stop, passes)
     cosine = torch.cat([model.similarity(part, text_features) for part in image_features])  # [images, texts]
     result: dict[str, Any] = {"itc": recall_at(cosine, owner), "images": len(rows), "texts": len(texts)}
     if not rerank or not pipeline.can_match:
@@ -78,6 +138,7 @@ def retrieval(
                 tokens = pipeline.tokens([texts[i] for i in part])
                 logits = model.itm_logits(memory, tokens["input_ids"], tokens["attention_mask"])[:, 1]
                 scores[image, part] = logits.float().cpu() + cosine[image, part]
+        _tell(report, len(rows) + block.stop, passes)
     return result | {"itm": recall_at(scores, owner)}
 
 
@@ -87,6 +148,7 @@ def captioning(
     *,
     embeds: Embeds | None = None,
     prompt: str | None = None,
+    report: Report | None = None,
     **generation: Any,
 ) -> dict[str, Any]:
     """Captions against each row's own: BLEU-1…4, ROUGE-L, CIDEr-D, and the captions by row id.
@@ -95,36 +157,55 @@ def captioning(
     """
     if not pipeline.can_caption:
         raise UserError(f"captioning: this {type(pipeline.model).__name__} model has no part for it")
+    rows = by_picture(rows)
     settings = {"min_new_tokens": 3, **pipeline.caption_options, **generation}
+    seeds = row_seeds(generation.get("seed"), len(rows))
     written: list[str] = []
-    if embeds is None:
-        said = pipeline.caption([row.image for row in rows], prompt, **settings)
-        written = [texts if isinstance(texts, str) else texts[0] for texts in said]
-    else:
-        config = generation_config(settings)
-        for start in range(0, len(rows), pipeline.batch_size):
-            seen = _on(pipeline, embeds(rows[start : start + pipeline.batch_size]))
-            written += [texts[0] for texts in pipeline.caption_embeds(seen, prompt, config)]
+    for part in _parts(rows, _AT_A_TIME if embeds is None else pipeline.batch_size):
+        if embeds is None:
+            said = pipeline.caption([row.image for row in rows[part]], prompt, seeds=seeds[part], **settings)
+            written += [texts if isinstance(texts, str) else texts[0] for texts in said]
+        else:
+            seen, config = _on(pipeline, embeds(rows[part])), generation_config(settings)
+            written += [texts[0] for texts in pipeline.caption_embeds(seen, prompt, config, seeds[part])]
+        _tell(report, part.stop, len(rows))
     predictions = {row.id: text for row, text in zip(rows, written, strict=True)}
     scores = caption_scores(predictions, {row.id: row.captions for row in rows})
     return {**scores, "captions": predictions}
 
 
 def vqa(
-    pipeline: Pipeline, rows: Sequence[Row], *, answers: Sequence[str] | None = None, **generation: Any
+    pipeline: Pipeline,
+    rows: Sequence[Row],
+    *,
+    answers: Sequence[str] | None = None,
+    report: Report | None = None,
+    **generation: Any,
 ) -> dict[str, Any]:
     """VQA accuracy of free answers, or, given `answers`, of the best-ranked one; and the answers, in row order."""
     asked = [row for row in rows if row.question is not None]
     if not asked:
         raise UserError("vqa: no row has a question")
-    said = pipeline.answer(
-        [row.image for row in asked], [str(row.question) for row in asked], answers=answers, **generation
-    )
+    said: list[str] = []
+    for part in _parts(asked, _AT_A_TIME):
+        images, questions = [row.image for row in asked[part]], [str(row.question) for row in asked[part]]
+        found = pipeline.answer(images, questions, answers=answers, **generation)
+        said += [found] if isinstance(found, str) else found
+        _tell(report, part.stop, len(asked))
     keys = [str(number) for number in range(len(asked))]
     truth = {key: row.answers for key, row in zip(keys, asked, strict=True)}
     enough = min(len(answers) for answers in truth.values()) >= 4
     accuracy = (vqa_accuracy if enough else exact_match)(dict(zip(keys, said, strict=True)), truth)
-    return {**accuracy, "answers": list(said)}
+    return {**accuracy, "answers": said}
+
+
+def _parts(rows: Sequence[Row], size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
+
+
+def _tell(report: Report | None, done: int, total: int) -> None:
+    if report is not None:
+        report(done, total)
 
 
 def _on(pipeline: Pipeline, embeds: Tensor) -> Tensor:

@@ -40,11 +40,14 @@ class Blip2LlmConfig:
     """Stage 2 of BLIP-2, on stage 1: with its heads or, as in the released models, without.
 
     qformer_text: InstructBLIP, whose Q-Former reads the instruction too. Raises ConfigError: it has no text part.
+    first_token_id: a token that stands before the soft prompt. A decoder whose texts always began with one token leans
+        its attention on it, and a small one is of no use without (docs/results.md). The released models have none.
     """
 
     lm: LmConfig
     blip2: Blip2Config = field(default_factory=_queries_alone)
     qformer_text: bool = False
+    first_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.qformer_text and not self.blip2.qformer.text:
@@ -76,6 +79,9 @@ class Blip2Llm(nn.Module):
         self.lm = LanguageModel(config.lm) if lm is None else lm
         self.projection = nn.Linear(config.blip2.qformer.hidden_size, self.lm.hidden_size)
         self.projection.apply(init_weights)
+        first = config.first_token_id
+        if first is not None and not 0 <= first < self.lm.vocab_size:
+            raise ConfigError(f"first_token_id {first}: the language model has {self.lm.vocab_size} tokens")
 
     @property
     def vision(self) -> nn.Module:
@@ -93,7 +99,8 @@ class Blip2Llm(nn.Module):
     def soft_prompt(
         self, image_embeds: Tensor, qformer_ids: Tensor | None = None, qformer_mask: Tensor | None = None
     ) -> Tensor:
-        """What the language model is shown: image_embeds [B, N, De] -> [B, Q, H].
+        """What the language model is shown: image_embeds [B, N, De] -> [B, Q, H], or with a
+        `first_token_id` [B, 1 + Q, H].
 
         With `qformer_text`, qformer_ids [B, L'] and qformer_mask [B, L'] are the instructions in the Q-Former's
         vocabulary, [CLS] first. Video [B, T, N, De]: each frame for itself, then all of their queries in one row,
@@ -111,7 +118,15 @@ class Blip2Llm(nn.Module):
             ids = qformer_ids.repeat_interleave(frames, dim=0)
             mask = None if qformer_mask is None else qformer_mask.repeat_interleave(frames, dim=0)
             states = qformer.encode_both(memory, ids, mask)[:, : qformer.config.num_query_tokens]
-        return self.projection(states).reshape(len(image_embeds), -1, self.lm.hidden_size)
+        return self.project(states.reshape(len(image_embeds), -1, states.shape[-1]))
+
+    def project(self, states: Tensor) -> Tensor:
+        """The queries' outputs [B, Q, D] -> the soft prompt [B, Q, H], behind the first token if there is one."""
+        seen = self.projection(states)
+        if self.config.first_token_id is None:
+            return seen
+        first = self.lm.embed(torch.full_like(seen[:, :1, 0], self.config.first_token_id, dtype=torch.long))
+        return torch.cat([first.to(seen.dtype), seen], dim=1)
 
     def lm_states(
         self,

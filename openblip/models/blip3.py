@@ -50,7 +50,7 @@ class Blip3Config:
     grids: (columns, rows) of tiles that a picture may be cut into; of two that fit alike the first is taken.
     temporal: for video: what becomes of the tokens of its frames.
 
-    Raises ConfigError: parts whose widths do not fit, or a language model with an encoder or without added tokens.
+    Raises ConfigError: parts that do not fit each other, or a language model with an encoder or without added tokens.
     """
 
     lm: LmConfig
@@ -74,6 +74,16 @@ class Blip3Config:
             )
         if self.sampling != "fixed" and not self.grids:
             raise ConfigError(f"grids: none, and the sampling {self.sampling!r} cuts pictures into tiles")
+        if self.resampler.max_frames is not None:
+            raise ConfigError(
+                f"resampler.max_frames is {self.resampler.max_frames}: here it samples frame by frame, and `temporal` "
+                "puts them together; wanted null"
+            )
+        if self.temporal is not None and self.temporal.frame_tokens != self.resampler.num_latents:
+            raise ConfigError(
+                f"temporal.frame_tokens is {self.temporal.frame_tokens}, what the resampler makes of a frame "
+                f"{self.resampler.num_latents} (num_latents)"
+            )
         if self.temporal is not None and self.temporal.hidden_size != self.resampler.output_size:
             raise ConfigError(
                 f"temporal.hidden_size is {self.temporal.hidden_size}, what comes out of the resampler "
@@ -223,15 +233,16 @@ class Blip3(TowerModel):
         config: GenerationConfig | None = None,
         *,
         seeds: Sequence[int] | None = None,
+        ends: Sequence[int] = (),
     ) -> Generated:
         """Continue what is embedded [B, L, H]; mask [B, L], 0 for padding, anywhere. See `generation.generate`.
 
-        Raises UserError: prompt and new tokens do not fit into the context.
+        ends: see `ends`. Raises UserError: prompt and new tokens do not fit into the context.
         """
         decoding = self.begin(embeds, mask)
         config = config or GenerationConfig()
         decoding.require_room(config.max_new_tokens)
-        return generate(self.step(decoding), decoding.start_ids, config, seeds=seeds, **self.ends())
+        return generate(self.step(decoding), decoding.start_ids, config, seeds=seeds, **self.ends(ends))
 
     def stream(
         self,
@@ -260,12 +271,13 @@ class Blip3(TowerModel):
 
         return step
 
-    def ends(self) -> dict[str, Any]:
-        """The tokens that end a text, and the one that fills what stands behind."""
-        return {
-            "eos_token_id": [*self.lm.eos_token_ids, self.end_of_chunk_id],
-            "pad_token_id": self.lm.pad_token_id,
-        }
+    def ends(self, more: Sequence[int] = ()) -> dict[str, Any]:
+        """The tokens that end a text, and the one that fills what stands behind.
+
+        more: further ones, such as a chat template's, which may be another than ends the language model's texts.
+        """
+        ids = dict.fromkeys([*self.lm.eos_token_ids, self.end_of_chunk_id, *more])
+        return {"eos_token_id": list(ids), "pad_token_id": self.lm.pad_token_id}
 
     def _groups(
         self, tiles: Tensor, columns: int, rows: int, width: int, height: int

@@ -16,10 +16,12 @@ tokens, L text tokens, K labelled positions, H width, V vocabulary.
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError, UserError
 from openblip.models.decoding import Decoding, ordered
@@ -128,12 +130,25 @@ class LanguageModel(nn.Module):
         return self._words.weight.shape[1]
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute activations of the layers in the backward pass; of a model that is not trained, none are kept so.
+        """Recompute activations of the layers in the backward pass; of a frozen model too, through which what stands
+        before it is trained, and adapters are.
 
-        transformers recomputes in training mode only, which a frozen model is never in.
+        Raises ConfigError: a family whose layers cannot be run a second time.
         """
         if self.config.trainable:
             recompute_activations_(self.model, enabled)
+            return
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"grad_checkpointing: not for the layers of a {self.model.config.model_type}")
+        for (
+            layer
+        ) in layers:  # by ourselves: transformers does it in training mode, which a frozen model is never in
+            layer.__dict__.pop("forward", None)
+            if enabled:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     @property
     def vocab_size(self) -> int:

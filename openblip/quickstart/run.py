@@ -1,6 +1,5 @@
 """What `openblip quickstart` does: find the data, tell the story, write the report."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,12 @@ def run(
     noise: float = 0.4,
     human: int = 300,
     test: int = 400,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Tell the story on OpenMoji drawings, or on the user's own pictures, and return results.json's content.
 
-    report.html, results.json and the models land in `out`. Raises UserError for unusable data or sizes.
+    report.html, results.json and the models land in `out`. `reading`: options of `open_source`. Raises UserError for
+    unusable data or sizes.
     """
     out = Path(out)
     config = StoryConfig(human=human, test=test, noise=noise, seed=seed)
@@ -37,18 +38,13 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         _say("looking at every picture")
         rows = []
-        for row in open_source(str(data)).rows(bad):
+        for row in open_source(str(data), **reading).rows(bad):
             with bad.skipping(row.where):  # what cannot be opened takes no part
                 open_image(row.image, draft_size=config.pretrain.model.vision.image_size)
                 rows += [row] if row.captions else []
         if not rows:
             raise UserError(f"{data}: no picture with a caption")
-    listed = out / "results.json"
-    before = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     story = tell(rows, out, config, say=_say)
-    if "seconds" in before:  # told again, and nothing was trained: it took what it took the first time
-        story.results |= {name: before[name] for name in ("seconds", "peak_mb")}
-        listed.write_text(json.dumps(story.results, indent=2) + "\n", encoding="utf-8")
     write_report(story, out / "report.html")
     return story.results
 

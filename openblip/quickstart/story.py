@@ -10,24 +10,22 @@
     (e) pre-train from scratch on what CapFilt made ─► bootstrapped model
         and once more on the true web captions      ─► clean model, the best that could be hoped for
 
-Every step is resumable: a finished one is read from its folder. The three models begin with the same weights
-and take the same number of steps.
+Every step is resumable: a finished one is read from its folder. story.json there says of which settings and rows; with
+others it is refused. The three models begin with the same weights and take the same number of steps.
 """
 
 import copy
 import json
 import math
-import resource
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from openblip.api import Pipeline
-from openblip.config import UserError
+from openblip.config import UserError, from_dict, to_dict
 from openblip.convert.weights import LoadReport
+from openblip.curate import engine
 from openblip.curate.capfilt import (
     CapFilt,
     CapFiltConfig,
@@ -37,14 +35,17 @@ from openblip.curate.capfilt import (
     keep_matching,
     nucleus,
 )
-from openblip.data.features import FeatureCache
+from openblip.data.collate import rows_fingerprint
+from openblip.data.features import FeatureCache, is_complete
 from openblip.data.rows import Row
 from openblip.eval.benchmarks import captioning, from_cache, retrieval
 from openblip.eval.metrics import filter_scores
 from openblip.hub import Pretrained, load_pretrained
+from openblip.quickstart.clock import Clock
 from openblip.quickstart.noise import plant_noise, split
 from openblip.recipes import Recipe
 from openblip.recipes.blip import small_caption, small_pretrain, small_retrieval
+from openblip.train import checkpoint
 from openblip.train.ingredients import prepare
 from openblip.train.stage import cache_features, run_stage
 
@@ -101,24 +102,39 @@ def tell(
     Raises UserError for rows that cannot be split, or when the filter keeps nothing.
     """
     config = config or StoryConfig()
-    folder, began = Path(folder), time.monotonic()
+    folder = Path(folder)
     human, truth, test = split(rows, config.seed, config.human, config.test)
     web, wrong = plant_noise(truth, config.noise, config.seed)
     right = {row.id: not is_wrong for row, is_wrong in zip(web, wrong, strict=True)}
+    settings = {**to_dict(config), "rows": rows_fingerprint(rows)}
+    listed = folder / "story.json"
+    if listed.is_file():
+        before = json.loads(listed.read_text(encoding="utf-8"))
+        told_of = before.pop("rows")
+        # Through the class: a setting that is new since then had its default.
+        old = {**to_dict(from_dict(StoryConfig, before, str(listed))), "rows": told_of}
+        engine.refuse_other(old, settings, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.publish(listed, json.dumps(settings, indent=2).encode())
     say(
         f"data: {len(human)} human pairs, {len(web)} web pairs of which {sum(wrong)} are wrong, "
         f"{len(test)} test pairs"
     )
 
     pretrain = _seeded(config.pretrain, config.seed)
-    start = prepare(pretrain, [*web, *human])
-    fresh = Pretrained(start.model, start.tokenizer, start.transform, {}, LoadReport())
-    say("encoding every picture once with the frozen vision tower")
-    features = cache_features(start, list(rows), folder / "features", workers=pretrain.workers)
+    clock, seen_in = Clock(folder / "seconds.json"), folder / "features"
+    with clock.resumable("features", is_done=is_complete(seen_in), has_begun=seen_in.exists()):
+        start = prepare(pretrain, [*web, *human])
+        fresh = Pretrained(start.model, start.tokenizer, start.transform, {}, LoadReport())
+        say("encoding every picture once with the frozen vision tower")
+        features = cache_features(start, list(rows), seen_in, workers=pretrain.workers)
 
     def train(name: str, recipe: Recipe, on: Sequence[Row], init: Pretrained) -> Path:
         say(f"{name}: {recipe.train.max_steps} steps on {len(on)} pictures")
-        made = run_stage(recipe, on, folder / name, init=copy.deepcopy(init), features=features)
+        run_dir = folder / name
+        is_done, has_begun = (run_dir / "model/config.json").is_file(), checkpoint.latest(run_dir) is not None
+        with clock.resumable(name, is_done=is_done, has_begun=has_begun):
+            made = run_stage(recipe, on, run_dir, init=copy.deepcopy(init), features=features)
         if made.fit.interrupted:
             raise KeyboardInterrupt
         return made.folder
@@ -130,12 +146,13 @@ def tell(
     judge = train("filter", _seeded(config.retrieval, config.seed), seen, load_pretrained(noisy))
 
     say("CapFilt: writing a caption for every web picture and judging both texts")
-    worker = _capfilt(captioner, judge, held_out, features, config.seed)
-    texts = [
-        text
-        for first in range(0, len(web), 64)
-        for text in worker(web[first : first + 64], worker.embed(web[first : first + 64]))
-    ]
+    with clock.repeated("capfilt"):
+        worker = _capfilt(captioner, judge, held_out, features, config.seed)
+        texts = [
+            text
+            for first in range(0, len(web), 64)
+            for text in worker(web[first : first + 64], worker.embed(web[first : first + 64]))
+        ]
     lines = (json.dumps(text.record(), ensure_ascii=False) + "\n" for text in texts)
     (folder / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
     kept = keep_matching(texts, config.threshold)
@@ -151,17 +168,14 @@ def tell(
     results: dict[str, Any] = {"seed": config.seed, "filter": judge_filter(texts, right, config.threshold)}
     results["filter"] |= {"pictures_left": len(bootstrapped), "texts_kept": sum(kept), "texts": len(texts)}
     captions: dict[str, dict[str, str]] = {}
-    for name, model in models.items():
-        figures, captions[name] = evaluate(model, test, features)
-        results[name] = figures
-        say(f"{name}: mean recall {figures['r_mean']:.3f}, CIDEr-D {figures['cider']:.3f}")
-    results["seconds"] = round(time.monotonic() - began, 1)
-    results["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_PER_MB)
+    with clock.repeated("evaluation"):
+        for name, model in models.items():
+            figures, captions[name] = evaluate(model, test, features)
+            results[name] = figures
+            say(f"{name}: mean recall {figures['r_mean']:.3f}, CIDEr-D {figures['cider']:.3f}")
+    results |= {"seconds": round(clock.total, 1), "peak_mb": clock.peak_mb}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return Story(human, web, test, right, texts, kept, models, captions, results, folder)
-
-
-_MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:

@@ -40,14 +40,17 @@ class Augment:
 class Language:
     """A language model: where it comes from, what is trained of it (nothing, adapters, all), how it is told to talk.
 
-    changes: to its configuration. family: see `LmConfig`.
+    adapters_alone: nothing but the adapters is trained, not even what stands before the language model (BLIP-3).
+    changes: to its configuration. family: see `LmConfig`. first_token_id: see `Blip2LlmConfig`.
     """
 
     source: str = "smollm2"
     lora: LoraSettings | None = None
+    adapters_alone: bool = False
     trainable: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     family: str = ""
+    first_token_id: int | None = None
 
 
 @dataclass
@@ -61,12 +64,15 @@ class Recipe:
         that a fresh model begins with: a folder, file or hub name, or a registry package, see `train.initialise`.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
     augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
+    keep_features: they are, on disk beside the run, where nothing else is said: worth it if pictures are met again.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
         (see `train.start`); 0: not at all, as in the papers, whose towers are trained.
     ramp_epochs: soft targets grow to their full share within so many epochs.
     max_length: tokens of a text; for BLIP-3 of a whole row, vision tokens included.
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
+    count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
+    single_answer_weight: of an answer, in VQA, where only one person was asked (BLIP's code: 0.2, for Visual Genome).
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
@@ -87,12 +93,15 @@ class Recipe:
     vision_init: str | None = None
     text_init: str | None = None
     augment: Augment | None = field(default_factory=Augment)
+    keep_features: bool = True
     calibrate: int = 0
     ramp_epochs: float = 2.0
     max_length: int = 30
     prompt: str = ""
     bucket: bool = False
     pack: bool = False
+    count_end_of_chunk: bool = True
+    single_answer_weight: float = 1.0
     max_images: int = 4
     frames: int = 8
     workers: int = 2

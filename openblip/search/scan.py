@@ -1,5 +1,6 @@
 """Search over a source without an index: embed every picture, rank by cosine, rerank the best by ITM."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from openblip.api import Pipeline
 from openblip.config import UserError
-from openblip.data.image import BadImage, open_image
+from openblip.data.image import open_image
 from openblip.data.rows import BadRows, Row
 from openblip.data.sources import Source
 
@@ -20,12 +21,14 @@ def scan(
     top: int = 10,
     rerank: int = 32,
     bad: BadRows | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The `top` pictures for a text, best first: {"id", "where", "score", "cosine"}.
 
     The `rerank` best by cosine are scored by the ITM head's log odds + cosine and come first (BLIP §5.1); the
     others follow in the order of their cosine, which is their score, as for all pictures with CLIP, which has no
-    such head. Pictures that cannot be opened are recorded in `bad`. Raises UserError if none can.
+    such head. Pictures that cannot be opened are recorded in `bad`. `report` is called with (rows done, rows in all).
+    Raises UserError if none can be opened.
     """
     bad = bad or BadRows(max_share=1.0)
     rows: list[Row] = []
@@ -37,13 +40,16 @@ def scan(
         vectors.append(pipeline.embed_images([image for _, image in block]))
         block.clear()
 
-    for row in source.rows(bad):
-        try:
-            block.append((row, open_image(row.image, draft_size=pipeline.transform.draft_size)))
-        except BadImage as error:
-            bad.add(error.reason, row.where, error.detail)
+    for index in range(len(source)):
+        bad.saw()
+        with bad.skipping():
+            row = source.light(index)
+            with bad.skipping(row.where):
+                block.append((row, open_image(row.image, draft_size=pipeline.transform.draft_size)))
         if len(block) == pipeline.batch_size:
             embed()
+        if report is not None:
+            report(index + 1, len(source))
     if block:
         embed()
     if not rows:

@@ -14,6 +14,7 @@ from openblip.data.collate_chat import (
     PreferenceCollator,
     PreferenceDataset,
     TiledPictures,
+    TileFeatures,
 )
 from openblip.data.conversation import read_conversation, read_preference
 from openblip.data.interleaved import document_tokens, read_document
@@ -29,9 +30,10 @@ from openblip.train import distributed
 
 
 def blip3_loader(
-    recipe: Recipe, model: Blip3, words: LmTokenizer, transform: ImageTransform, rows: Rows, bad: BadRows
-) -> Loader:
-    """Dataset, collator and order of a stage of BLIP-3.
+    recipe: Recipe, model: Blip3, words: LmTokenizer, transform: ImageTransform, rows: Rows, bad: BadRows,
+    features: TileFeatures | None = None,
+) -> Loader:  # fmt: skip
+    """Dataset, collator and order of a stage of BLIP-3; with `features`, no picture is opened.
 
     Raises UserError: documents for a resampler that reads questions, a token budget for DPO, or what `ChatTokenizer`
     raises.
@@ -41,8 +43,9 @@ def blip3_loader(
         "vision_length": config.vision_length,
         "max_length": recipe.max_length,
         "frames": None if config.temporal is None else recipe.frames,
+        "features": features,
     }
-    tiles = TileTransform(transform, config.used_grids)
+    tiles = None if features is not None else TileTransform(transform, config.used_grids)
     condition = 0 if config.resampler.condition_size is None else MAX_CONDITION
     dataset: ChatDataset | InterleavedDataset | PreferenceDataset
     collate: Any
@@ -53,8 +56,9 @@ def blip3_loader(
             )
         added = AddedTokens(model.image_token_id)
         dataset = InterleavedDataset(
-            rows, tiles, tokenizer=words, added=added, max_images=recipe.max_images, **how
-        )
+            rows, tiles, tokenizer=words, added=added, max_images=recipe.max_images,
+            count_end_of_chunk=recipe.count_end_of_chunk, **how,
+        )  # fmt: skip
         collate = PackedCollator(words, recipe.max_length) if recipe.pack else ChatCollator(words)
     else:
         chat = chat_tokenizer(words, model.image_token_id, model.lm.config.family)
@@ -87,14 +91,17 @@ def blip3_loader(
 def _lengths(dataset: TiledPictures, vision: int) -> list[int]:
     """About how many tokens each row has, without opening pictures: each counts as `vision` tokens, the most there are.
 
-    A row that is bad has 1: it is met again, recorded and replaced when its batch is made.
+    A row that is bad has 1: it is met again, recorded and replaced when its batch is made. One that may be too long has
+    the most there can be, for with fewer vision tokens it may fit.
     """
     found = []
     for index in range(len(dataset)):
         try:
             found.append(_length(dataset, dataset.rows[index], vision))
-        except (BadRow, BadChat):
+        except BadRow:
             found.append(1)
+        except BadChat as error:
+            found.append(dataset.max_length if error.reason == "too_long" and dataset.max_length else 1)
     return found
 
 

@@ -1,5 +1,6 @@
 """What a training stage begins with: a model, fresh or loaded, and the tokenizers and transform that belong to it."""
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,7 +121,7 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
             frozen.pop("blip2.qformer.word", None)
     dtype: LmDtype = "bfloat16" if recipe.train.precision == "bf16" else "float32"
     lm = load_lm(language.source, dtype, lora=language.lora, changes=language.changes)
-    model = Blip2Llm(Blip2LlmConfig(lm.config, blip2.config, qformer_text=reads_text), lm)
+    model = Blip2Llm(Blip2LlmConfig(lm.config, blip2.config, reads_text, language.first_token_id), lm)
     model.blip2 = blip2
     family = lm.config.family or lm.config.config["model_type"]
     words = LmTokenizer.load(lm_folder(language.source), family, encoder_decoder=lm.is_encoder_decoder)
@@ -239,7 +240,12 @@ def _for_stage(recipe: Recipe, start: Any) -> nn.Module:
     """The model that the stage trains, begun with `start`."""
     if recipe.stage == "blip2_stage1":
         return start
-    vision, text, frozen = start.config.vision, start.config.text, start.config.freeze_vision
+    # Fine-tunes are new modules with the weights of the start: how much of the tower is dropped, the recipe says.
+    vision = replace(start.config.vision, drop_path_rate=recipe.model.vision.drop_path_rate)
+    if recipe.stage != "pretrain":
+        start = copy.copy(start)
+        start.config = replace(start.config, vision=vision)
+    text, frozen = start.config.text, start.config.freeze_vision
     for half in ("encoder", "decoder"):
         if half in _HALVES[recipe.stage] and not getattr(start.config, half):
             raise UserError(f"{recipe.stage}: needs a model with its text {half}, and this one has none")

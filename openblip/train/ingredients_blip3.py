@@ -9,7 +9,7 @@ from openblip.convert.lm import LmDtype, lm_folder, load_lm
 from openblip.data.prompts import LmTokenizer
 from openblip.hub import Pretrained
 from openblip.models.blip3 import ADDED_TOKENS, Blip3
-from openblip.models.lm import LanguageModel
+from openblip.models.lm import LanguageModel, is_adapter
 from openblip.recipes import Language, Recipe
 
 
@@ -28,11 +28,14 @@ def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmToken
             raise UserError(
                 f"{recipe.stage}: begins with a trained BLIP-3; set `init` (--init FOLDER, or a hub name)"
             )
-        return _joined(recipe, recipe.language)
+        model, words = _joined(recipe, recipe.language)
+        _freeze_(model, recipe.language)
+        return model, words
     if not isinstance(init.model, Blip3) or init.lm_tokenizer is None:
         raise UserError(f"{recipe.stage}: begins with a BLIP-3, not with a {type(init.model).__name__}")
     model = _with_temporal(_with_language(init.model, recipe.language), recipe)
     _halve_frozen_(model.lm, recipe)
+    _freeze_(model, recipe.language)
     return model, init.lm_tokenizer
 
 
@@ -89,6 +92,16 @@ def _with_temporal(model: Blip3, recipe: Recipe) -> Blip3:
     found = Blip3(replace(model.config, temporal=temporal), model.lm)
     found.vision, found.resampler = model.vision, model.resampler
     return found
+
+
+def _freeze_(model: Blip3, language: Language) -> None:
+    """All but the adapters, if they are to be trained alone."""
+    if not language.adapters_alone:
+        return
+    if model.lm.config.lora is None:
+        raise UserError("language.adapters_alone: this language model has no adapters; set language.lora")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(is_adapter(name))
 
 
 def _halve_frozen_(lm: LanguageModel, recipe: Recipe) -> None:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openblip.config import UserError, to_dict
+from openblip.config import UserError, differences, from_dict, to_dict
+from openblip.data import discover
+from openblip.data.chat import chat_tokenizer
 from openblip.data.collate import (
     CaptionCollator,
     NlvrCollator,
@@ -21,24 +23,33 @@ from openblip.data.collate import (
     Rows,
     VqaCollator,
     VqaDataset,
+    rows_fingerprint,
     text_lengths,
 )
 from openblip.data.collate_lm import InstructDataset, LmCollator, PrefixDataset
-from openblip.data.features import FeatureCache, build_features
+from openblip.data.features import FeatureCache, TileCache, build_features
 from openblip.data.loader import Loader
+from openblip.data.mixture import MixedRows, Mixture
 from openblip.data.rows import BadRows
 from openblip.data.text import clean_caption
+from openblip.data.tiles import TileTransform
 from openblip.data.transforms import ImageTransform, TrainTransform
 from openblip.hub import Pretrained, save_pretrained
 from openblip.models.blip3 import Blip3
 from openblip.recipes import Recipe
-from openblip.train import distributed
+from openblip.train import checkpoint, distributed
 from openblip.train.batches_blip3 import blip3_loader
 from openblip.train.ingredients import Ingredients, prepare
 from openblip.train.loop import Evaluate, FitResult, fit
 from openblip.train.tasks import BlipTask, CaptionTask, ClipTask, NlvrTask, Task, VqaTask
 from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2Task
 from openblip.train.tasks_blip3 import Blip3Task, DpoTask
+
+# Settings of the loop that may be others when a run goes on: its length, what it shows and keeps, where tensors are.
+_MAY_CHANGE = (
+    *("max_steps", "warmup_steps", "log_every", "eval_every", "save_every", "keep_checkpoints"),
+    *("grad_checkpointing", "shard"),
+)
 
 
 @dataclass
@@ -58,41 +69,57 @@ def run_stage(
     features: FeatureCache | str | Path | None = None,
     evaluate: Evaluate | None = None,
     info: dict[str, Any] | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> StageResult:
     """Train one stage on `rows` and save the model in `run_dir`/model; an interrupted run goes on where it was.
 
+    What a run was begun with stands in its begun.json. With another recipe or other rows it does not go on, nor is its
+    model taken for theirs; only its length, and what it logs and keeps, may change (`_MAY_CHANGE`).
+
     features: what the frozen vision tower makes of the pictures, or a folder to keep it in, which stages on the same
-        pictures can share; `run_dir`/features if none is given, the tower is frozen, and nothing is augmented.
-    evaluate: see `loop.fit`. info: for the model card.
+        pictures can share; `run_dir`/features if none is given, the recipe keeps features, the tower is frozen, and
+        nothing is augmented.
+    evaluate: see `loop.fit`. info: for the model card. report: called with (pictures done, pictures in all) while the
+        tower looks at them.
 
     Raises:
-        UserError: a folder for features, and a tower that is trained or pictures that are augmented.
+        UserError: the folder holds a run of another recipe or other rows; a folder for features, and a tower that is
+            trained, pictures that are augmented, or videos.
     """
     run_dir = Path(run_dir)
     device = distributed.init_from_env()
+    begun = _begun(recipe, rows)
+    _refuse_other_run(run_dir, begun)
     made = prepare(recipe, rows, init)
     made.model.to(device)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        part = run_dir / ".begun.json.part"
+        part.write_text(json.dumps(begun, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(run_dir / "begun.json")  # in one step: other ranks may be reading it
     if made.reports:
         told = "\n".join(map(str, made.reports))
         (run_dir / "begins_with.txt").write_text(f"{told}\n", encoding="utf-8")
     listed = run_dir / "bad_rows.jsonl"
     is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
-    is_fixed = is_fixed and not isinstance(
-        made.model, Blip3
-    )  # whose pictures have different numbers of tiles
+    if isinstance(made.model, Blip3):  # of videos there are too many frames, and noise is put on pixels
+        noise = recipe.stage == "blip3_dpo" and recipe.dpo_task.noise_step is not None
+        is_fixed = is_fixed and made.model.temporal is None and not noise
     if features is not None and not is_fixed:
         raise UserError(
-            "features: only a frozen tower, shown whole pictures without augmentation, always makes the same"
+            "features: only a frozen tower, shown pictures without augmentation or noise and no videos, always makes "
+            "the same"
         )
-    if is_fixed and not isinstance(features, FeatureCache):
+    if is_fixed and not isinstance(features, FeatureCache) and (recipe.keep_features or features is not None):
         folder = run_dir / "features" if features is None else Path(features)
-        features = cache_features(made, rows, folder, workers=recipe.workers, bad=BadRows(listed))
+        features = cache_features(
+            made, rows, folder, workers=recipe.workers, bad=BadRows(listed), report=report
+        )
     assert features is None or isinstance(features, FeatureCache)
     bad = BadRows(listed)
     loader = _loader(recipe, made, rows, features, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
-    task = _task(recipe, made.model, ramp).to(device)
+    task = task_of(recipe, made, ramp).to(device)
     result = fit(task, loader, recipe.train, run_dir, evaluate=evaluate, run_config=recipe)
     if result.ema is not None:
         result.ema.copy_to_(task)
@@ -101,6 +128,8 @@ def run_stage(
         known: dict[str, Any] = (
             {"prompt": recipe.prompt} if recipe.stage in ("caption", "blip2_stage2") else {}
         )
+        if isinstance(made.model, Blip3) and made.model.temporal is not None:
+            known["frames"] = recipe.frames
         known |= {"stage": recipe.stage, "steps": result.step, "bad_rows": _count_reasons(listed)}
         save_pretrained(
             made.model, folder, tokenizer=made.tokenizer, transform=made.transform, info=known | (info or {}),
@@ -108,6 +137,39 @@ def run_stage(
         )  # fmt: skip
     distributed.barrier()
     return StageResult(folder, result)
+
+
+def _begun(recipe: Recipe, rows: Rows) -> dict[str, Any]:
+    """All that decides what a run makes: its recipe, the rows, and the weights it begins with, if in a folder."""
+    init = Path(recipe.init or "")
+    files = sorted(init.glob("*.safetensors")) if recipe.init else []
+    return {
+        "recipe": _settings(replace(recipe, init=None) if files else recipe),
+        "init": {file.name: discover.digest(str(file)) for file in files},
+        "data": {"rows": len(rows), "sha256": rows_fingerprint(rows)},
+    }
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Those that a run cannot change."""
+    found = to_dict(recipe)
+    found.pop("workers")
+    for name in _MAY_CHANGE:
+        found["train"].pop(name, None)
+    return found
+
+
+def _refuse_other_run(run_dir: Path, begun: dict[str, Any]) -> None:
+    """Raise UserError if there is a checkpoint or a model in the folder, made of something else."""
+    file = run_dir / "begun.json"
+    has_run = checkpoint.latest(run_dir) is not None or (run_dir / "model/config.json").is_file()
+    if not has_run or not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    # Through the class: a setting that is new since then had its default.
+    before["recipe"] = _settings(from_dict(Recipe, before["recipe"], f"{file}: recipe"))
+    if found := differences(before, begun):
+        raise UserError(f"{run_dir}: holds a run made otherwise: {'; '.join(found)}; use a new folder")
 
 
 def _count_reasons(listed: Path) -> dict[str, int]:
@@ -125,7 +187,8 @@ def cache_features(
     bad: BadRows | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> FeatureCache:
-    """What the vision tower makes of every picture of `rows`, under the deterministic transform, in bfloat16."""
+    """What the vision tower makes of every picture of `rows`, under the deterministic transform, in bfloat16; of a
+    BLIP-3's every tile."""
     vision = made.model.vision.eval()
     device = next(vision.parameters()).device
 
@@ -137,9 +200,14 @@ def cache_features(
     for name, value in sorted(vision.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    fingerprint = {"vision": digest.hexdigest(), "transform": to_dict(made.transform), "precision": "bf16"}
+    transform: ImageTransform | TileTransform = made.transform
+    fingerprint: dict[str, Any] = {"vision": digest.hexdigest(), "transform": to_dict(transform)}
+    fingerprint["precision"] = "bf16"
+    if isinstance(made.model, Blip3):
+        transform = TileTransform(made.transform, made.model.config.used_grids)
+        fingerprint["grids"] = transform.grids
     return build_features(
-        folder, fingerprint, rows, made.transform, encode, workers=workers, bad=bad, report=report
+        folder, fingerprint, rows, transform, encode, workers=workers, bad=bad, report=report
     )
 
 
@@ -149,18 +217,24 @@ def _loader(
     """Dataset, collator and order of a stage."""
     if isinstance(made.model, Blip3):
         assert made.lm_tokenizer is not None
-        return blip3_loader(recipe, made.model, made.lm_tokenizer, made.transform, rows, bad)
+        tiles = None if features is None else TileCache(features)
+        return blip3_loader(recipe, made.model, made.lm_tokenizer, made.transform, rows, bad, tiles)
     assert made.tokenizer is not None
     transform: ImageTransform | TrainTransform | None = None
     if features is None:
         transform = made.transform if recipe.augment is None else _augmented(recipe, made.transform)
-    dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset
+    dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset | Mixture
     if recipe.stage == "vqa":
-        dataset = VqaDataset(rows, transform, features=features)
+        weight = recipe.single_answer_weight
+        dataset = VqaDataset(rows, transform, features=features, single_answer_weight=weight)
     elif recipe.stage == "nlvr":
         dataset = NlvrDataset(rows, transform, features=features)
     elif recipe.stage == "instruct":
-        dataset = InstructDataset(rows, transform, features=features)
+        if isinstance(rows, MixedRows) and not rows.is_counted:  # by √size (InstructBLIP §2.4)
+            parts = rows.parts().items()
+            dataset = Mixture({name: InstructDataset(of, transform, features=features) for name, of in parts})
+        else:
+            dataset = InstructDataset(rows, transform, features=features)
     else:
         # CLIP's captions and a language model's keep their capitals and their punctuation.
         clean = str if recipe.stage in ("clip", "blip2_stage2") else clean_caption
@@ -191,7 +265,7 @@ def _loader(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=recipe.workers,
-        lengths=text_lengths(rows) if recipe.bucket else None,
+        lengths=text_lengths(rows) if recipe.bucket and not isinstance(dataset, Mixture) else None,
         bad=bad,
     )
 
@@ -205,8 +279,9 @@ def _augmented(recipe: Recipe, transform: ImageTransform) -> TrainTransform:
     )  # fmt: skip
 
 
-def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
-    """The stage's losses around its model."""
+def task_of(recipe: Recipe, made: Ingredients, ramp: int) -> Task:
+    """The stage's losses around its model. ramp: steps in which soft targets grow to their full share."""
+    model = made.model
     match recipe.stage:
         case "clip":
             return ClipTask(model)
@@ -219,7 +294,9 @@ def _task(recipe: Recipe, model: Any, ramp: int) -> Task:
         case "blip3_pretrain" | "blip3_sft":
             return Blip3Task(model, recipe.blip3_task)
         case "blip3_dpo":
-            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed))
+            assert made.lm_tokenizer is not None
+            chat = chat_tokenizer(made.lm_tokenizer, model.image_token_id, model.lm.config.family)
+            return DpoTask(model, replace(recipe.dpo_task, seed=recipe.train.seed), [chat.end_id])
         case "caption":
             return CaptionTask(model, label_smoothing=recipe.task.label_smoothing)
         case "vqa":

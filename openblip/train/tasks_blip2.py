@@ -194,7 +194,7 @@ class Blip2LlmTask(Task):
         else:
             texts = batch["text_ids"], batch["text_mask"], batch["image_ids"]
             losses, states = stage1_losses(self.model.blip2, embeds, *texts, self.config.stage1, self.draws)
-            seen = self.model.projection(states)
+            seen = self.model.project(states)
         ids = batch["input_ids"], batch["attention_mask"], batch["labels"]
         logits, labels = self.model.labelled_logits(seen, *ids)
         total = lm_loss(logits, labels, smoothing=self.config.label_smoothing)

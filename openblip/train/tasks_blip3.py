@@ -6,12 +6,13 @@ position_ids [B, L] of packed rows, image_index of shared images, frames [I] of 
 [I, L'].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from openblip.config import ConfigError, UserError
 from openblip.models.blip3 import Blip3
@@ -87,17 +88,20 @@ class DpoTask(Task):
     images, by image_index.
 
     The reference is the model as the stage began: of what is trained, which with adapters is little, the task keeps a
-    copy, and swaps it in for the reference's log-probabilities.
+    copy, with which the model is called for the reference's log-probabilities. (Never is the copy put into the weights
+    themselves: autocast keeps what it made of a weight, and would go on with that.)
     """
 
     model: Blip3
 
-    def __init__(self, model: Blip3, config: DpoTaskConfig) -> None:
+    def __init__(self, model: Blip3, config: DpoTaskConfig, ends: Sequence[int] = ()) -> None:
+        """ends: tokens that end an answer, beside those of the language model (`Blip3.ends`)."""
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.ends = model, config, ends
         self.reference = nn.Module()
-        for name, value in _trained(model).items():
-            self.reference.register_buffer(_flat(name), value.detach().clone())
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:  # a name of a buffer holds no dot
+                self.reference.register_buffer(name.replace(".", "/"), weight.detach().clone())
         self.draws = torch.Generator()
 
     def lr_scale(self, name: str) -> float:
@@ -130,33 +134,11 @@ class DpoTask(Task):
 
     def _gains(self, batch: Batch) -> Tensor:
         """log P of each row's answer under the policy, less that under the reference [R]."""
-        with torch.no_grad(), self._as_reference():
-            before = self._log_probs(batch)
-        return self._log_probs(batch) - before
-
-    def _log_probs(self, batch: Batch) -> Tensor:
-        labels = batch["labels"]
-        embeds = self.model.embed(
-            batch["input_ids"], vision_runs(self.model, batch), batch.get("image_index")
-        )
-        logits, wanted = self.model.labelled_logits(embeds, labels)
-        rows = (labels[:, 1:] != -100).nonzero()[:, 0]
-        return sequence_log_probs(logits, wanted, rows, len(labels))
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """The model as it was when the stage began, in eval mode."""
-        now, was_training = _trained(self.model), self.model.training
-        kept = {name: weight.data for name, weight in now.items()}
-        self.model.eval()
-        try:
-            for name, weight in now.items():
-                weight.data = getattr(self.reference, _flat(name))
-            yield
-        finally:
-            for name, weight in now.items():
-                weight.data = kept[name]
-            self.model.train(was_training)
+        answers = _Answers(self.model)  # made here: in the task, its weights would be there twice
+        began = {f"model.{name.replace('/', '.')}": value for name, value in self.reference.named_buffers()}
+        with torch.no_grad(), _evaluating(self.model):
+            before = functional_call(answers, began, (batch,))
+        return answers(batch) - before
 
     @torch.no_grad()
     def _misled(self, batch: Batch) -> Batch:
@@ -174,12 +156,11 @@ class DpoTask(Task):
             : len(batch["image_index"]) // 2
         ]  # both answers to a prompt have its images
         noisy = {**batch, "pixel_values": diffused(batch["pixel_values"], self.config.noise_step, self.draws)}
-        was_training = self.model.training
-        self.model.eval()
         heads = ids[:, :width].masked_fill(~mask, pad)
-        embeds = self.model.embed(heads, vision_runs(self.model, noisy), index)
-        said = self.model.generate(embeds, mask, GenerationConfig(max_new_tokens=self.config.max_new_tokens))
-        self.model.train(was_training)
+        config = GenerationConfig(max_new_tokens=self.config.max_new_tokens)
+        with _evaluating(self.model):
+            embeds = self.model.embed(heads, vision_runs(self.model, noisy), index)
+            said = self.model.generate(embeds, mask, config, ends=self.ends)
         rows = [
             torch.cat([row[:prompt], answer[:length]])
             for row, prompt, answer, length in zip(ids, prompts, said.sequences, said.lengths, strict=True)
@@ -190,6 +171,31 @@ class DpoTask(Task):
         counted = (places >= prompts[:, None]) & (places < ends)
         labels = told.masked_fill(~counted, -100)
         return {"input_ids": told, "labels": labels, "image_index": index}
+
+
+class _Answers(nn.Module):
+    """log P of each row's answer, [R]: of a model, or with `functional_call` of one with other weights."""
+
+    def __init__(self, model: Blip3) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        model, labels = self.model, batch["labels"]
+        embeds = model.embed(batch["input_ids"], vision_runs(model, batch), batch.get("image_index"))
+        logits, wanted = model.labelled_logits(embeds, labels)
+        rows = (labels[:, 1:] != -100).nonzero()[:, 0]
+        return sequence_log_probs(logits, wanted, rows, len(labels))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def vision_runs(model: Blip3, batch: Batch) -> list[Tensor]:
@@ -214,20 +220,12 @@ def diffused(pixel_values: Tensor, step: int, generator: torch.Generator) -> Ten
     return kept**0.5 * pixel_values + (1 - kept) ** 0.5 * noise
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "/")
-
-
 def _idle(model: Blip3, batch: Batch) -> Tensor:
     """0, with the weights that this batch has no use for in its graph: every rank must have a gradient for them all."""
     grids, frames = batch.get("grids"), batch.get("frames")
     has_images = grids is not None and len(grids) > 0
     has_videos = has_images and frames is not None and bool((frames > 1).any())
-    unused: list[nn.Module] = [] if has_images else [model.resampler]
+    unused: list[nn.Module] = [] if has_images else [model.vision, model.resampler]
     unused += [model.temporal] if model.temporal is not None and not has_videos else []
     weights = [p for module in unused for p in module.parameters() if p.requires_grad]
     zero = torch.zeros((), device=batch["labels"].device)

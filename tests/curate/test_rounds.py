@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,12 +12,14 @@ from PIL import Image
 
 from openblip.config import UserError
 from openblip.curate import rounds as rounds_module
-from openblip.curate.dataset import HumanRows, scores
+from openblip.curate.capfilt import MatchScale
+from openblip.curate.dataset import scores
+from openblip.curate.human import HumanRows
 from openblip.curate.rounds import RoundsConfig, run_rounds
 from openblip.data.sources import Source, open_source
 from openblip.hub import load_pretrained
 from openblip.train import log
-from tests.tiny_models import picture_folder, save_blip
+from tests.tiny_models import drawing, picture_folder, save_blip
 from tests.tiny_recipes import tiny_recipe
 
 
@@ -86,7 +89,7 @@ def test_each_round_begins_with_the_model_of_the_one_before_and_pretrains_from_t
         ("round2/filter", "retrieval", "round1/model"),
         ("round2", "pretrain", "start"),
     ]
-    assert [rows for *_, rows in ran] == [22, 12, 12, left[0], 12, 12, left[1]]
+    assert [rows for *_, rows in ran] == [21, 11, 11, left[0], 11, 11, left[1]]
     assert [one["model"] for one in found] == [str(out / f"round{n}/model") for n in (1, 2)]
     assert [line for line in said if line.startswith("round 1: kept")], said
     assert (out / "round2/report.html").is_file() and json.loads(
@@ -105,13 +108,19 @@ def test_every_round_judges_the_web_pairs_as_they_were_found(two, data):
     assert {line["filter"] for line in tables[0]}.isdisjoint(line["filter"] for line in tables[1])
     kept = pq.read_table(sorted((out / "round2/parquet").glob("*.parquet"))).to_pylist()
     kinds = [one["kind"] for row in kept for one in row["provenance"]]
-    assert kinds.count("human") == 12 and kinds.count("web") == found[1]["web"]["kept"]
+    assert kinds.count("human") == 11 and kinds.count("web") == found[1]["web"]["kept"]
 
 
 def test_human_rows_have_ids_of_their_own_and_no_bad_ones(data, tmp_path):
-    human = HumanRows(data[1], tmp_path / "bad.jsonl")
-    assert len(human) == 12 and {row.id for row in human}.isdisjoint(row.id for row in data[0])
+    told: list[tuple[int, int]] = []
+    human = HumanRows(data[1], tmp_path / "bad.jsonl", lambda *done: told.append(done))
+    assert told == [(number, 12) for number in range(1, 13)]
+    assert len(human) == 11 and {row.id for row in human}.isdisjoint(row.id for row in data[0])
+    (broken,) = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert broken["reason"] == "not_an_image" and "03.png" in broken["detail"]
     (tmp_path / "few").mkdir()
+    for name in "abc":
+        drawing(0).save(tmp_path / f"few/{name}.png")
     lines = [
         {"file_name": "a.png", "caption": "a"},
         {"file_name": "b.png"},
@@ -158,11 +167,27 @@ def test_other_settings_or_data_want_another_folder(two, data):
         config(caption=tiny_recipe("retrieval"))
 
 
+def test_a_share_of_the_human_pairs_can_fit_the_filters_scale(data, tmp_path, monkeypatch):
+    stages, fitted = Stages(tmp_path), []
+    monkeypatch.setattr(rounds_module, "run_stage", stages)
+    scale = MatchScale(0.5, 2.0, -0.1)
+    monkeypatch.setattr(rounds_module, "fit_scale_on", lambda judge, rows: fitted.append(rows) or scale)
+    given = save_blip(tmp_path / "given", freeze_vision=True)
+    run_rounds(*data, tmp_path, config(threshold=0.0, held_out=4), rounds=1, model=given, say=str)
+    assert [(stage, rows) for _, stage, _, rows in stages.ran[:2]] == [("caption", 11), ("retrieval", 8)]
+    (held_out,) = fitted
+    assert [row.id for row in held_out] == [f"human/images/{n:02d}.png" for n in (0, 5, 9)], "03 is broken"
+    line = scores(tmp_path / "round1/job").to_pylist()[0]
+    assert line["match"] == pytest.approx(float(scale(np.array(line["itm"]), line["itc"])))
+    with pytest.raises(UserError, match="held_out 1: wanted 2 or more"):
+        config(held_out=1)
+
+
 def test_a_model_that_was_pretrained_already_stands_for_round_0(data, tmp_path, monkeypatch):
     given = save_blip(tmp_path / "given", freeze_vision=True)
     stages = Stages(tmp_path)
     monkeypatch.setattr(rounds_module, "run_stage", stages)
-    run_rounds(*data, tmp_path, config(), rounds=1, model=given, say=str)
+    run_rounds(*data, tmp_path, config(threshold=0.0), rounds=1, model=given, say=str)
     assert [init for *_, init, _ in stages.ran] == ["given", "given", "start"]
     assert not (tmp_path / "round0").exists()
     assert not (tmp_path / "features").exists(), "its tower may be another"

@@ -144,6 +144,26 @@ def test_what_users_type_is_never_control():
         chat.prompt(said("x"), [2])
 
 
+@pytest.mark.parametrize("template", [None, "xgenmm"])
+def test_what_a_model_said_is_text_whatever_it_spells(template):
+    chat = chat_tokenizer(template)
+    plain = chat.prompt(said("a <image>", "%", "c"), [3])
+    for spelled in ("<image>", "x<|end|>\ny", "<|im_end|>", "<|endofchunk|>, </s>"):
+        tokens = chat.prompt(said("a <image>", spelled, "c"), [3])
+        at = plain.ids.index(*chat.tokenizer.encode("%"))
+        assert tokens.ids == [*plain.ids[:at], *chat.tokenizer.encode(spelled), *plain.ids[at + 1 :]]
+        assert tokens.runs == plain.runs
+        with pytest.raises(BadChat):
+            chat.training(said("a <image>", spelled), [3])
+    assert (
+        chat.prompt(said("a", "b c", "d"), []).ids[: len(at := chat.training(said("a", "b c"), []).ids)] == at
+    )
+    loud = chat_tokenizer(CHATML.replace("message['content'] +", "(message['content'] | upper) +"))
+    assert loud.prompt(said("a", "b", "c"), [])
+    with pytest.raises(BadChat, match="holds the control token <image>"):
+        loud.prompt(said("a", "<image>", "c"), [])
+
+
 def test_training_keeps_whole_exchanges():
     chat = chat_tokenizer("xgenmm")
     messages = said("<image>\nfirst", "one", "<image>\nsecond", "two", "third", "three")

@@ -23,6 +23,7 @@ from openblip.data.collate import (
 from openblip.data.rows import BadRow, Row
 from openblip.data.text import bert_uncased, clean_caption
 from openblip.data.transforms import ImageTransform, TrainTransform
+from openblip.data.video import Video
 
 TRANSFORM = ImageTransform(16)
 
@@ -215,6 +216,8 @@ def test_labels_are_true_or_false(label, truth):
         (NlvrDataset, Row("1", [png(1), png(2)], [], label=1), "missing_caption"),
         (PairDataset, Row("1", ["absent.png"], ["a"], where="line 7"), "missing"),
         (PairDataset, Row("1", [b"not a picture"], ["a"], where="line 7"), "not_an_image"),
+        (PairDataset, Row("1", [Video("a.mp4")], ["a"], where="line 7"), "not_an_image"),
+        (PairDataset, Row("1", [Video(["1.png", "2.png"])], ["a"], where="line 7"), "not_an_image"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(dataset, row, reason):

@@ -41,7 +41,7 @@ def picture(name, value=0):
     return file.getvalue()
 
 
-def vision_length(columns, rows):
+def vision_length(columns, rows, frames=1):
     return 2 * (1 + columns * rows)
 
 
@@ -148,6 +148,9 @@ def test_a_chat_that_is_too_long_loses_its_last_images_too():
     short = samples(ChatDataset, row, max_length=len(whole["tokens"]) - 1)[0]
     assert len(whole["grids"]) == 2 and len(short["grids"]) == len(short["pixel_values"]) == 1
     assert runs(torch.tensor(short["tokens"].ids)) == [8]
+    assert (whole["question"], short["question"]) == ("and ?", "what?"), "nothing of what was cut"
+    half = samples(ChatDataset, row, max_length=len(short["tokens"]) - 1)[0]
+    assert half["question"] == "what?" and len(half["tokens"]) == len(short["tokens"]) - 1
     with pytest.raises(BadRow, match="row 5: the first question has") as caught:
         samples(ChatDataset, row, max_length=20)
     assert caught.value.reason == "too_long"
@@ -237,9 +240,25 @@ def test_documents_are_cut_before_an_image():
     for options in ({"max_images": 1}, {"max_length": len(whole["tokens"]) - len("twenty") - 3}):
         (short,) = samples(InterleavedDataset, row, **options)
         assert runs(torch.tensor(short["tokens"].ids)) == [8] and len(short["pixel_values"]) == 1
+        assert (
+            short["tokens"].ids == whole["tokens"].ids[: len(short["tokens"])]
+            and LM.end_id not in short["tokens"].ids
+        )
+    assert whole["tokens"].labels[-1] == LM.end_id
     with pytest.raises(BadRow, match="no text within the first 8 tokens") as caught:
         samples(InterleavedDataset, row, max_length=8)
     assert caught.value.reason == "too_long"
+
+
+@pytest.mark.parametrize("count", [True, False])
+def test_a_documents_chunks_end_counted_or_not(count):
+    (sample,) = samples(InterleavedDataset, document(picture("wide"), "x"), count_end_of_chunk=count)
+    assert (1002 in sample["tokens"].labels) == count and 1002 in sample["tokens"].ids
+
+
+def test_documents_go_unpacked_too():
+    batch = ChatCollator(LM)(samples(InterleavedDataset, document(picture("wide", 10), "ten"), document("x")))
+    assert [runs(row) for row in batch["input_ids"]] == [[8], []] and "position_ids" not in batch
 
 
 def test_packed_rows():

@@ -45,7 +45,7 @@ def test_llava_layout():
         ("assistant", "Brown."),
     ]
     assert (found.images, found.id, found.where) == (["pictures/a.png"], "a.png", "chat.json[7]")
-    assert found.question == "What colour?"
+    assert found.question() == "What colour?"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,16 @@ def test_chunks_end_after_images(parts, wanted):
     assert all(tokens.ids[start:stop] == [1000] * 2 for start, stop in tokens.runs)
 
 
+def test_the_end_of_a_chunk_is_counted_unless_it_shall_not_be():
+    """As meant, and as released (§4.4)."""
+    doc = document("ab", None, "cd", None, "ef")
+    meant, released = (
+        document_tokens(doc, [2, 1], TOKENIZER, ADDED, count_end_of_chunk=count) for count in (True, False)
+    )
+    assert meant.ids == released.ids
+    assert shown(meant.labels) == ".ab..cd§.ef§$" and shown(released.labels) == ".ab..cd..ef.$"
+
+
 def test_obelics_layout():
     found = read({"images": [None, "a.png", None, png((1, 2, 3))], "texts": ["one ", None, "two", None]})
     assert found.parts == ["one", None, "two", None]
@@ -144,6 +154,7 @@ def test_images_that_are_missing_leave_their_place():
     assert shown(tokens_of(rest).ids) == "^[i][i]a\n\nb§[i][i]c§$"
     before = doc.before_image(1)
     assert before.parts == [None, "a"] and before.images == ["0"]
+    assert shown(tokens_of(before).ids) == "^[i][i]a§", "which was not its end"
     assert doc.before_image(0).parts == []
 
 

@@ -99,3 +99,13 @@ def test_equal_file_names_are_not_the_same_picture():
 def test_impossible_mixtures_of_rows(sources, counts, message):
     with pytest.raises(UserError, match=message):
         MixedRows(sources, counts)
+
+
+def test_a_mixture_is_told_by_what_was_drawn_of_what():
+    rows = [Row(str(number), ["x.png"], [f"text {number}"]) for number in range(9)]
+    mixed = [
+        MixedRows([rows, rows], [3, 5]), MixedRows([rows, rows], [3, 6]), MixedRows([rows, rows], [3, 5], seed=1),
+        MixedRows([rows, rows[::-1]], [3, 5]),
+    ]  # fmt: skip
+    assert len({one.fingerprint for one in mixed}) == 4
+    assert MixedRows([rows, list(rows)], [3, 5]).fingerprint == mixed[0].fingerprint

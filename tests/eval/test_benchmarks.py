@@ -1,5 +1,7 @@
 """The papers' protocols against slow, plain ones: every pair scored, the rule written out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,13 @@ from openblip.api import load
 from openblip.config import UserError
 from openblip.data.collate import picture_key
 from openblip.data.features import build_features
-from openblip.data.rows import Row
+from openblip.data.rows import BadRows, Row
+from openblip.data.sources import open_source
 from openblip.data.text import clean_caption
-from openblip.eval.benchmarks import captioning, from_cache, retrieval, vqa
+from openblip.eval.benchmarks import by_picture, captioning, from_cache, retrieval, usable_rows, vqa
+from openblip.eval.captions import caption_scores
 from tests.curate.made import tiny_blip
+from tests.data.made import parquet_bytes, png, write
 from tests.tiny_models import drawing, save_clip
 
 CAPTIONS = ["A red circle!", "two dogs in the snow", "the word", "a much longer text about nothing at all",
@@ -102,6 +107,49 @@ def test_the_rule_makes_a_difference_here(plain):
     found = [plain_recalls(scores, owner) for scores in (cosine, logit + cosine, -cosine)]
     assert found[0] != found[1] and found[1] != found[2]
     assert (np.argsort(logit, axis=1) != np.argsort(logit + cosine, axis=1)).any()
+
+
+def test_rows_of_one_picture_are_one_picture(pipeline, rows):
+    """VQA's and many caption files have a line for each text; figures are those of the joined ones."""
+    apart = [replace(row, captions=[text]) for row in rows for text in row.captions]
+    apart = [*apart[::2], *apart[1::2]]  # not even neighbours
+    joined = by_picture(apart)
+    assert len(apart) == 9 and len(joined) == 6
+    assert {row.id: set(row.captions) for row in joined} == {row.id: set(row.captions) for row in rows}
+    assert retrieval(pipeline, apart, k=4) == retrieval(pipeline, joined, k=4)
+    assert retrieval(pipeline, apart, rerank=False)["images"] == 6
+    options = {"max_new_tokens": 4, "num_beams": 1}
+    found = captioning(pipeline, apart, **options)
+    assert found == captioning(pipeline, joined, **options) and len(found["captions"]) == 6
+    references = {row.id: row.captions for row in rows}
+    assert found["cider"] == pytest.approx(caption_scores(found["captions"], references)["cider"])
+
+
+def test_rows_of_a_source_are_looked_at_and_hold_no_bytes(tmp_path):
+    pictures = [png((9 * number, 0, 0)) for number in range(5)]
+    pictures[3] = b"broken"
+    columns = {"image": pictures, "text": ["one", "two", None, "four", "five"]}
+    source = open_source(write(tmp_path / "x.parquet", parquet_bytes(columns)), cache_dir=tmp_path / "cache")
+    bad, told = BadRows(), []
+    found = usable_rows("retrieval", source, bad, report=lambda *done: told.append(done))
+    assert [row.captions for row in found] == [["one"], ["two"], ["five"]]
+    assert dict(bad.counts) == {"missing_caption": 1, "not_an_image": 1} and bad.seen == 5
+    assert told == [(number, 5) for number in range(1, 6)]
+    assert not any(isinstance(row.image, bytes) for row in found)
+    assert [row.image.read() for row in found] == [pictures[number] for number in (0, 1, 4)]
+    with pytest.raises(UserError, match=r"no row can be used for vqa: not_an_image 5"):
+        columns["text"], columns["image"] = ["x"] * 5, [b"broken"] * 5
+        broken = open_source(write(tmp_path / "y.parquet", parquet_bytes(columns)), cache_dir=tmp_path / "c")
+        usable_rows("vqa", broken, BadRows())
+
+
+def test_it_is_told_how_far_it_is(pipeline, rows):
+    told = []
+    retrieval(pipeline, rows, k=2, report=lambda *done: told.append(done))
+    assert told == [(4, 12), (6, 12), (10, 12), (12, 12)], "embedded, then reranked"
+    told.clear()
+    captioning(pipeline, rows, max_new_tokens=4, num_beams=1, report=lambda *done: told.append(done))
+    assert told == [(6, 6)]
 
 
 def test_without_rerank_there_is_cosine_alone_and_so_for_clip(pipeline, rows, tmp_path):

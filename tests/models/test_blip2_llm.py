@@ -1,10 +1,13 @@
 """The language model that sees: soft prompts, losses where labels are, captions, ranking, video, instructions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from openblip.config import ConfigError, UserError, from_dict, to_dict
+from openblip.convert.huggingface import to_huggingface
 from openblip.models.blip2 import Blip2Config
 from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.generation import GenerationConfig
@@ -153,6 +156,29 @@ def test_candidates_of_their_own_for_each_image():
         one = slice(row, row + 1)
         alone = model.rank(soft[one], ids[one], answers[row], torch.ones_like(answers[row]))
         torch.testing.assert_close(ours[one], alone, rtol=0, atol=1e-9)
+
+
+def test_a_first_token_stands_before_the_soft_prompt_and_is_read():
+    plain = tiny()
+    model = Blip2Llm(replace(plain.config, first_token_id=5), plain.lm).double().eval()
+    model.blip2, model.projection = plain.blip2, plain.projection
+    pixels, ids = batch(2)
+    embeds = model.encode_image(pixels)
+    soft, alone = model.soft_prompt(embeds), plain.soft_prompt(embeds)
+    assert soft.shape == (2, 4, 16) and torch.equal(soft[:, 1:], alone)
+    assert torch.equal(soft[:, 0], model.lm.embed(torch.tensor([5, 5])))
+    mask = torch.ones_like(ids)
+    found = model.labelled_logits(soft, ids, mask, ids)[0]
+    with torch.no_grad():  # as transformers reads the same embeddings in a row
+        row = torch.cat([soft, model.lm.embed(ids)], dim=1)
+        wanted = plain.lm.model(inputs_embeds=row).logits[:, 3:-1].flatten(0, 1)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    assert (found - plain.labelled_logits(alone, ids, mask, ids)[0]).abs().max() > 1e-3
+    assert from_dict(Blip2LlmConfig, to_dict(model.config), "here") == model.config
+    with pytest.raises(ConfigError, match=f"first_token_id {VOCAB}: the language model has {VOCAB}"):
+        Blip2Llm(replace(plain.config, first_token_id=VOCAB), plain.lm)
+    with pytest.raises(UserError, match="no token before the soft prompt"):
+        to_huggingface(model)
 
 
 def test_instructions_change_what_the_queries_see():

@@ -8,6 +8,7 @@ from openblip.models.blip3 import Blip3Config
 from openblip.models.generation import GenerationConfig
 from openblip.models.lm import LmConfig
 from openblip.models.resampler import ResamplerConfig
+from openblip.models.temporal import TemporalConfig
 from openblip.models.tiling import content_mask
 from openblip.models.vit import VisionConfig
 from tests.models.tiny_blip3 import END_OF_CHUNK, HIDDEN, IMAGE, LATENTS, SIDE, WIDTH, text, tiles, tiny_blip3
@@ -291,6 +292,8 @@ def test_what_does_not_fit_into_the_context_is_said():
         ({"resampler": ResamplerConfig(WIDTH + 2, output_size=HIDDEN)}, "resampler.hidden_size is 14"),
         ({"lm": LmConfig(dict(CONFIGS["llama"]))}, "lm.added_tokens is 0"),
         ({"grids": []}, "grids: none"),
+        ({"resampler": ResamplerConfig(WIDTH, max_frames=8)}, "resampler.max_frames is 8"),
+        ({"temporal": TemporalConfig(3072, frame_tokens=64)}, "temporal.frame_tokens is 64, .* 128"),
     ],
 )
 def test_parts_that_do_not_fit_are_said(changes, message):

@@ -2,9 +2,9 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 
@@ -114,10 +114,30 @@ def test_told_again_it_trains_nothing_and_says_the_same(told, rows, monkeypatch)
     monkeypatch.setattr("torch.optim.AdamW.step", step)
     again = tell(rows, story.folder, tiny_story(), lambda line: None)
     assert again.texts == story.texts and again.captions == story.captions
+    assert again.results["seconds"] == story.results["seconds"], "it took what it took"
     for name in ("filter", *MODELS):
         assert again.results[name] == story.results[name]
     for name, content in weights.items():
         assert (story.folder / name / "model/model.safetensors").read_bytes() == content
+
+
+def test_what_was_made_anew_is_what_it_took(told, rows, tmp_path):
+    folder = shutil.copytree(told[0].folder, tmp_path / "copy")
+    shutil.rmtree(folder / "clean")
+    noted = json.loads((folder / "seconds.json").read_text())
+    assert set(noted["seconds"]) == {"features", *MODELS, "captioner", "filter", "capfilt", "evaluation"}
+    noted["seconds"] |= {"noisy": 1000.0, "clean": 5000.0, "evaluation": 5000.0}
+    (folder / "seconds.json").write_text(json.dumps({**noted, "peak_mb": 123456}))
+    again = tell(rows, folder, tiny_story(), lambda line: None)
+    assert 1000 < again.results["seconds"] < 2000 and again.results["peak_mb"] == 123456
+
+
+def test_another_story_is_not_told_with_its_models(told, rows):
+    story, _ = told
+    with pytest.raises(UserError, match=r"made otherwise: noise was 0.4 and is 0.2; use a new folder"):
+        tell(rows, story.folder, tiny_story(noise=0.2), lambda line: None)
+    with pytest.raises(UserError, match="made otherwise: rows was"):
+        tell(rows[:-1], story.folder, tiny_story(), lambda line: None)
 
 
 def test_the_filter_is_judged_by_what_was_planted():
@@ -159,22 +179,6 @@ def test_the_command_does_the_same_on_a_folder_of_ones_own(monkeypatch, tmp_path
     assert "data:image/" in (tmp_path / "out/report.html").read_text()
     (bad,) = (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()
     assert json.loads(bad)["reason"] == "not_an_image", "the story goes on without a broken picture"
-
-
-def test_told_again_it_took_as_long_as_the_first_time(monkeypatch, tmp_path):
-    def told(rows, out, config, say):
-        results = {"seed": config.seed, "seconds": next(seconds), "peak_mb": 7}
-        (out / "results.json").write_text(json.dumps(results))
-        return SimpleNamespace(results=results)
-
-    seconds = iter((600.0, 5.0))
-    monkeypatch.setattr(run_module, "tell", told)
-    monkeypatch.setattr(run_module, "write_report", lambda story, page: page)
-    folder = picture_folder(tmp_path / "mine", 2)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for _ in range(2):
-        assert run_module.run(folder, tmp_path / "out")["seconds"] == 600
-        assert json.loads((tmp_path / "out/results.json").read_text())["seconds"] == 600
 
 
 def test_what_cannot_be_told_is_said(rows, tmp_path):

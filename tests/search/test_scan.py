@@ -79,6 +79,16 @@ def test_broken_pictures_and_rows_are_recorded_and_the_rest_is_found(pipeline, t
     assert bad.total == 3 and bad.counts["not_an_image"] == 1, bad.counts
 
 
+def test_videos_are_no_pictures_and_it_is_told_how_far_it_is(pipeline, tmp_path):
+    folder, told, bad = picture_folder(tmp_path / "data", 3), [], BadRows()
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write(json.dumps({"video": "a.mp4", "captions": ["a film"]}) + "\n")
+    source = open_source(folder, cache_dir=tmp_path / "cache")
+    found = scan(pipeline, source, QUERY, rerank=2, bad=bad, report=lambda *done: told.append(done))
+    assert len(found) == 3 and dict(bad.counts) == {"not_an_image": 1}
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_nothing_to_search_is_said(pipeline, tmp_path):
     folder = picture_folder(tmp_path / "data", 2)
     for picture in (folder / "images").iterdir():

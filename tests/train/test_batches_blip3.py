@@ -1,8 +1,10 @@
 """Rows to batches that a BLIP-3 learns from: pictures, videos and text alone in one."""
 
+import io
 from itertools import islice
 
 import pytest
+from PIL import Image
 
 from openblip.data.rows import BadRows, Row
 from openblip.data.transforms import ImageTransform
@@ -31,10 +33,10 @@ def made(monkeypatch):
     small = {"vocab_size": 300, "max_position_embeddings": 256}
     monkeypatch.setitem(CONFIGS, "llama", {**CONFIGS["llama"], **small})
 
-    def make(rows, **settings):
+    def make(rows, max_length=200, batch_tokens=None, **settings):
         model = tiny_blip3(**settings).float()
-        train = TrainConfig(max_steps=1, batch_size=3)
-        recipe = Recipe("blip3_sft", train, blip3=model.config, workers=0, max_length=200, bucket=True)
+        train = TrainConfig(max_steps=1, batch_size=3, batch_tokens=batch_tokens)
+        recipe = Recipe("blip3_sft", train, blip3=model.config, workers=0, max_length=max_length, bucket=True)
         bad = BadRows()
         return model, blip3_loader(recipe, model, words, ImageTransform(PIXELS), rows, bad), bad
 
@@ -57,6 +59,19 @@ def test_pictures_videos_and_text_train_the_temporal_encoder(made, kind, samplin
     assert loss.isfinite()
     for name, weight in model.temporal.named_parameters():
         assert weight.grad.isfinite().all() and weight.grad.abs().max() > 0, name
+
+
+def test_a_row_that_fits_with_few_tiles_counts_in_a_budget(made):
+    """Of a picture as large as can be, the question alone would be too long."""
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "PNG")
+    rows = [Row(f"{n}", [file.getvalue()], [], "what?", ["a"], where=f"row {n}") for n in range(40)]
+    _, loader, _ = made(rows)
+    length = next(loader.batches())["input_ids"].shape[1]
+    _, loader, bad = made(rows, max_length=length, batch_tokens=4 * length)
+    for batch in islice(loader.batches(), loader.steps_per_epoch):
+        assert batch["input_ids"].shape == (4, length)
+    assert not bad.counts
 
 
 def test_a_model_without_temporal_encoder_leaves_videos_out(made):

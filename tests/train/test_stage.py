@@ -13,8 +13,10 @@ from PIL import Image
 
 import openblip
 from openblip.config import UserError
+from openblip.convert.weights import LoadReport
 from openblip.data.collate import PairCollator, PairDataset
 from openblip.data.loader import Loader
+from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
 from openblip.data.text import bert_uncased
 from openblip.hub import Pretrained, load_pretrained
@@ -159,6 +161,51 @@ def test_a_finished_run_is_not_trained_again(data, first):
     assert checkpoint.latest(first) == newest and newest.stat().st_mtime_ns == stamp
 
 
+def test_a_run_of_something_else_is_neither_taken_nor_gone_on_with(data, first, pictures, tmp_path):
+    begun, model = (first / "begun.json").read_bytes(), (first / "model/model.safetensors").read_bytes()
+    records = [{"file_name": f"{word}.png", "caption": f"a {word} thing"} for word in WORDS[:5]]
+    others = source(pictures, "others", records, tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"made otherwise: data.rows was 6 and is 5; data.sha256 was .* use a new"
+    ):
+        run_stage(recipe(), others, first)
+    changed = recipe()
+    changed.train.lr = 2e-3
+    with pytest.raises(
+        UserError, match=r"otherwise: recipe.train.lr was 0.001 and is 0.002; use a new folder$"
+    ):
+        run_stage(changed, data["pretrain"], first)
+    with pytest.raises(UserError, match=r"init.model.safetensors was None and is "):
+        run_stage(recipe(init=str(first / "model")), data["pretrain"], first)
+    assert (first / "begun.json").read_bytes() == begun, "a refused call leaves no trace"
+    assert (first / "model/model.safetensors").read_bytes() == model
+
+    swapped = [Row(word, [str(pictures / f"{word}.png")], [f"a {word} thing"]) for word in WORDS]
+    run_stage(recipe(), swapped, tmp_path / "run")
+    swapped[0].captions, swapped[1].captions = swapped[1].captions, swapped[0].captions
+    with pytest.raises(UserError, match=r"otherwise: data.sha256 was"):
+        run_stage(recipe(), swapped, tmp_path / "run")
+
+
+def test_a_run_may_be_made_longer_and_log_more(data, tmp_path):
+    run_stage(recipe(steps=1), data["pretrain"], tmp_path)
+    longer = recipe(steps=2, workers=1)
+    longer.train.warmup_steps, longer.train.save_every, longer.train.keep_checkpoints = 1, 1, 3
+    assert run_stage(longer, data["pretrain"], tmp_path).fit.step == 2
+    begun = json.loads((tmp_path / "begun.json").read_text())
+    del begun["recipe"]["prompt"]  # a setting that was unknown when the run began
+    (tmp_path / "begun.json").write_text(json.dumps(begun))
+    assert run_stage(longer, data["pretrain"], tmp_path).fit.step == 2
+
+
+def test_what_never_trained_a_step_binds_nobody(data, tmp_path):
+    with pytest.raises(UserError, match="6 rows do not fill one batch of 64"):
+        wrong = recipe()
+        wrong.train.batch_size = 64
+        run_stage(wrong, data["pretrain"], tmp_path)
+    assert run_stage(recipe(steps=1), data["pretrain"], tmp_path).fit.step == 1
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_interrupted_run_goes_on_as_if_it_never_was(frozen, data, tmp_path):
     def stop(task, step):
@@ -228,6 +275,18 @@ def test_the_same_recipe_prepares_the_same_model_whatever_was_drawn_before(data)
     assert_equal(*made)
 
 
+def test_where_one_person_was_asked_an_answer_weighs_what_the_recipe_says(data, first, pictures, tmp_path):
+    records = [{"file_name": f"{word}.png", "question": "what?", "answer": word} for word in WORDS]
+    asked = source(pictures, "genome", records, tmp_path / "cache")
+    losses = []
+    for weight in (1.0, 0.2):
+        chosen = recipe("vqa", steps=1, init=str(first / "model"), single_answer_weight=weight, augment=None)
+        chosen.model.text.dropout = 0.0
+        run_stage(chosen, asked, tmp_path / str(weight))
+        losses.append(metrics(tmp_path / str(weight))[0]["losses"]["lm"])
+    assert losses[1] == pytest.approx(0.2 * losses[0], rel=0.05)
+
+
 def test_a_stage_refuses_a_start_it_cannot_use(data, first, tmp_path):
     def start(model) -> Pretrained:
         return Pretrained(model, bert_uncased(), None, {}, load_pretrained(first / "model").report)
@@ -251,6 +310,19 @@ def test_a_fine_tune_does_not_silently_begin_with_random_weights(stage, data, fi
         prepare(recipe(stage), [], init=load_pretrained(first / "model")),
     ):
         assert torch.equal(made.model.state_dict()["vision.class_embedding"], wanted)
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "caption", "vqa", "nlvr"])
+def test_a_fine_tune_drops_as_much_of_the_tower_as_its_recipe_says(stage):
+    chosen = recipe(stage)
+    chosen.model.vision = replace(chosen.model.vision, num_hidden_layers=2)
+    start = Blip(chosen.model)
+    chosen.model = replace(chosen.model, vision=replace(chosen.model.vision, drop_path_rate=0.3))
+    init = Pretrained(start, bert_uncased(), None, {}, LoadReport())
+    made = prepare(chosen, [], init=init).model
+    assert [block.drop_path.rate for block in made.vision.blocks] == [0, 0.3]
+    assert made.config.vision.drop_path_rate == 0.3 and start.config.vision.drop_path_rate == 0
+    assert_equal(made.vision.state_dict(), start.vision.state_dict())
 
 
 def test_a_fine_tune_may_begin_with_pretrained_parts(monkeypatch):

@@ -8,19 +8,24 @@ import torch
 from safetensors.torch import load_file
 
 from openblip.config import UserError
+from openblip.data.features import TileCache
+from openblip.data.image import open_image
 from openblip.data.sources import open_source
+from openblip.data.tiles import TileTransform
 from openblip.hub import load_pretrained
 from openblip.models.blip3 import Blip3, Blip3Config
 from openblip.models.lm import LmConfig
 from openblip.models.resampler import ResamplerConfig
 from openblip.models.temporal import TemporalConfig
+from openblip.models.vit import VisionTransformer
 from openblip.recipes import Language, Recipe
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
-from openblip.train.stage import run_stage
+from openblip.train.stage import cache_features, run_stage
+from openblip.train.tasks_blip3 import DpoTaskConfig
 from tests.data.test_prompts import byte_level
 from tests.models.tiny_lms import CONFIGS, tiny_lm
-from tests.tiny_models import COLOURS, SHAPES, drawing
+from tests.tiny_models import COLOURS, SHAPES, _liven_, drawing
 from tests.train import tiny
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -177,7 +182,7 @@ def test_a_language_model_that_trains_whole_is_saved_whole(base, data, language,
 
 def test_a_model_of_pictures_gets_an_encoder_for_videos(base, data, language, tmp_path):
     chosen = recipe("blip3_sft", language, init=str(base), frames=3)
-    videos = replace(chosen.blip3, temporal=TemporalConfig(1, "attention", num_tokens=2))
+    videos = replace(chosen.blip3, temporal=TemporalConfig(1, "attention", num_tokens=2, frame_tokens=3))
     chosen = replace(chosen, blip3=videos)
     model = prepare(chosen, data["chats"]).model
     assert (
@@ -189,6 +194,49 @@ def test_a_model_of_pictures_gets_an_encoder_for_videos(base, data, language, tm
     )
     found = load_pretrained(run_stage(chosen, data["chats"], tmp_path / "run").folder).model
     assert found.temporal is not None and found.config.vision_length(0, 0, 3) == 2
+
+
+@pytest.mark.parametrize("sampling", ["anyres", "fixed", "anyres_fixed_sampling"])
+def test_cached_tiles_train_as_pictures_do(base, data, language, tmp_path, sampling, monkeypatch):
+    """bfloat16 keeps three digits of a feature; the losses must agree as far as that goes."""
+    losses, seen, look = {}, [], VisionTransformer.forward
+    monkeypatch.setattr(VisionTransformer, "forward", lambda *args: seen.append(len(args[1])) or look(*args))
+
+    def begun():
+        """What is seen has a say."""
+        found = load_pretrained(base)
+        found.model.config.sampling = sampling
+        _liven_(found.model.resampler)
+        return found
+
+    rows = data["documents"]
+    for name in ("cached", "opened", "others"):
+        torch.manual_seed(1)
+        chosen = recipe(
+            "blip3_pretrain", language, train={"precision": "bf16"}, keep_features=name != "opened"
+        )
+        if name == "others":  # another picture in the place of each
+            monkeypatch.setattr(
+                "openblip.data.features.picture_key", lambda row, number: f"{row.id}#{1 - number}"
+            )
+        run_stage(chosen, rows, tmp_path / name, init=begun())
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["losses"]["lm"] for line in lines]
+        assert (tmp_path / name / "features/grids.bin").exists() == (name != "opened")
+        if (
+            name == "cached"
+        ):  # sixteen pictures, two in each document, are seen once, and the first to know the shape
+            assert sum(seen) == 17 * (1 if sampling == "fixed" else 3)
+    assert losses["cached"] == pytest.approx(losses["opened"], rel=2e-3)
+    assert losses["others"] != pytest.approx(losses["opened"], rel=4e-3)
+    made = prepare(chosen, rows, begun())
+    monkeypatch.undo()
+    cache = TileCache(cache_features(made, rows, tmp_path / "cached/features", workers=0))
+    picture = TileTransform(made.transform, made.model.config.used_grids)(open_image(rows[3].images[1]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = made.model.encode_image(picture.pixel_values).bfloat16().float()
+    found = cache.lookup(f"{rows[3].id}#1")
+    assert torch.equal(found.embeds, wanted) and found.grid == picture.grid
 
 
 def test_a_token_budget_in_place_of_a_number_of_rows(base, data, language, tmp_path):
@@ -220,7 +268,8 @@ def test_bad_rows_are_listed_and_the_run_goes_on(base, language, tmp_path):
     reasons = {
         json.loads(line)["reason"] for line in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()
     }
-    assert reasons == {"not_an_image", "image_count", "unknown_role", "missing_answer"}
+    wrong = {"not_an_image", "image_count", "unknown_role", "missing_answer"}
+    assert reasons == wrong | {"no_features"}, "the picture is met again when its features are asked for"
     assert load_pretrained(done.folder).info["bad_rows"].keys() == reasons
 
 
@@ -238,10 +287,18 @@ def test_what_a_stage_lacks_is_named(stage, changes, message, data, language):
 
 
 def test_what_does_not_go_together_is_named(base, data, language, tmp_path):
-    with pytest.raises(UserError, match="only a frozen tower"):
-        run_stage(
-            recipe("blip3_pretrain", language), data["documents"], tmp_path, features=tmp_path / "features"
-        )
+    videos = replace(
+        recipe("blip3_sft", language).blip3, temporal=TemporalConfig(1, "mean", num_tokens=3, frame_tokens=3)
+    )
+    taught = replace(language, lora=tiny.ADAPTERS)
+    for wrong, rows in (
+        (recipe("blip3_sft", language, init=str(base), blip3=videos), data["chats"]),
+        (recipe("blip3_dpo", taught, init=str(base), dpo_task=DpoTaskConfig(noise_step=9)), data["pairs"]),
+    ):
+        with pytest.raises(
+            UserError, match=r"only a frozen tower, shown pictures without .* noise and no videos"
+        ):
+            run_stage(wrong, rows, tmp_path, features=tmp_path / "features")
     init = load_pretrained(base)
     init.model = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="begins with a BLIP-3, not with a Linear"):

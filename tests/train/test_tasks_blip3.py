@@ -116,9 +116,10 @@ def test_what_is_trained():
         assert not model.vision.training and model.lm.model.training == bool(settings.get("trainable"))
 
 
-def test_a_batch_without_pictures_still_reaches_every_weight():
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_batch_without_pictures_still_reaches_every_weight(freeze):
     """Or another process would wait for its gradients in vain."""
-    model = blip3(video="attention")
+    model = blip3(video="attention", freeze_vision=freeze)
     task = Blip3Task(model, Blip3TaskConfig()).train()
     for images in (True, False):
         model.zero_grad()
@@ -126,6 +127,7 @@ def test_a_batch_without_pictures_still_reaches_every_weight():
         assert all(w.grad is not None for w in model.parameters() if w.requires_grad)
         resampled = model.resampler.latents.grad.abs().max()
         assert (resampled > 0) == images
+    assert any(weight.requires_grad for weight in model.vision.parameters()) != freeze
 
 
 def test_adapters_may_learn_at_a_rate_of_their_own():
@@ -154,17 +156,30 @@ def test_it_learns_a_batch_by_heart(settings):
             assert said.sequences[0].tolist() == wanted[wanted != -100].tolist()
 
 
-def test_activations_recomputed_change_nothing():
-    gradients = []
-    for is_on in (False, True):
-        model = blip3(trainable=True)
-        task = Blip3Task(model, Blip3TaskConfig()).train()
+@pytest.mark.parametrize("settings", [{"trainable": True}, {"lora": tiny.ADAPTERS}, {}])
+def test_activations_recomputed_change_nothing(settings):
+    """A frozen language model keeps them too, for what is trained in it or before it."""
+    gradients, runs, ran = [], [], []
+    model = blip3(**settings)
+    model.lm.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    task = Blip3Task(model, Blip3TaskConfig()).train()
+    for is_on in (False, True, False):
+        model.zero_grad()
+        ran.clear()
         task.set_grad_checkpointing(is_on)
         task(batch())["lm"].backward()
+        runs.append(len(ran))
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert model.lm.model.model.layers[0].gradient_checkpointing and model.resampler.checkpointing
+    assert runs == [1, 2, 1] and gradients[0].keys() == gradients[1].keys()
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_cannot_be_run_again_are_said(monkeypatch):
+    model = blip3()
+    monkeypatch.setattr(model.lm.model, "modules", lambda: iter([model.lm.model.lm_head]))
+    with pytest.raises(ConfigError, match="grad_checkpointing: not for the layers of a llama"):
+        model.set_grad_checkpointing()
 
 
 def test_dpo_by_hand():
@@ -215,6 +230,24 @@ def test_dpo_starts_at_log_2_and_prefers_what_was_chosen():
     assert trained == wanted - {"lm.added_words.weight"}, "which are in none of these texts"
 
 
+def test_dpo_in_bf16_trains_on_its_own_weights(tmp_path):
+    """Autocast keeps the casts of a step's weights, so the reference's must not be made of the policy's."""
+    task = DpoTask(blip3(lora=tiny.ADAPTERS), DpoTaskConfig(beta=0.5)).train()
+
+    def by_hand():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return torch.stack([log_probs(task.model, pairs(), row) for row in range(8)])
+
+    before = by_hand()
+    made = tiny.Batches(lambda rows, start: pairs(rows // 2))
+    fitted = fit(task, made, tiny.settings(10, lr=1e-2, precision="bf16"), tmp_path)
+    gains = by_hand() - before
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(pairs())["dpo"].item()
+    assert loss == pytest.approx(dpo_loss(gains[:4], gains[4:], 0.5).item(), abs=0.01)
+    assert loss < fitted.losses["dpo"] < 0.05
+
+
 def test_a_frozen_tower_sees_each_picture_once(monkeypatch):
     model, found = blip3(lora=tiny.ADAPTERS), pairs()
     task = DpoTask(model, DpoTaskConfig(noise_step=500, max_new_tokens=2)).train()
@@ -243,6 +276,10 @@ def test_a_second_rejected_answer_comes_from_noisy_pictures():
         said = model.generate(seen, torch.ones(1, first), GenerationConfig(max_new_tokens=4))
         answer = misled["labels"][row]
         assert answer[answer != -100].tolist() == said.sequences[0, : said.lengths[0]].tolist()
+    token = misled["input_ids"][0, int((found["labels"][0] != -100).nonzero()[0])].item()
+    task.ends = [token]
+    task.begin_step(0)
+    assert (task._misled(found)["labels"][0] != -100).sum() == 1, "what ends a turn ends an answer"
     with pytest.raises(UserError, match="noise is put on pixels"):
         task(
             {

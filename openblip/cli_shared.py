@@ -1,0 +1,83 @@
+"""What several commands share: how data are read, a bar while there is something to wait for, a place for a file."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from openblip.config import UserError
+
+if TYPE_CHECKING:
+    from openblip.data.sources import Source
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data are read.
+
+    Args:
+        split: only this split of the data.
+        image_column: the column with the image, if it has none of the usual names.
+        caption_column: the column with the caption or captions, likewise.
+        image_root: folder that relative image paths start from, if not where the file is that names them.
+    """
+
+    split: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_root: str | None = None
+
+    def open(self, data: str, *, require_captions: bool = True) -> "Source":
+        """A local or remote path or pattern as rows."""
+        from openblip.data.sources import open_source
+
+        return open_source(data, **vars(self), require_captions=require_captions)
+
+
+How = Annotated[Reading, tyro.conf.arg(name="")]  # its options bear no prefix
+AS_USUAL = Reading()
+
+
+def check_file(path: Path) -> None:
+    """Make the folder of a file that will be written, before the work. Raises UserError: the file cannot be there."""
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: its folder cannot be made ({error.strerror})") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--out {path}: must not be written")
+
+
+@contextmanager
+def progress(what: str, json: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on standard error, moved by calls with (done, in all): from the first of them until all is done.
+
+    None where nobody looks: with `json`, or if standard error is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if json or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=console)
+    bar = bars.add_task(what, total=None)
+
+    def report(done: int, total: int) -> None:
+        bars.start()
+        bars.update(bar, completed=done, total=total)
+        if done >= total:  # what comes next may have a bar of its own
+            bars.stop()
+
+    try:
+        yield report
+    finally:
+        bars.stop()

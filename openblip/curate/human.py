@@ -1,0 +1,54 @@
+"""Pairs that people vouch for, to stand beside web pairs: captioner and filter learn from them, nobody judges them."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from openblip.data.collate import check_picture
+from openblip.data.rows import BadRows, Row
+from openblip.data.sources import Source
+
+
+class HumanRows:
+    """The good rows of a source, to stand beside web rows: under ids of their own, for two folders may both have an
+    `images/1.jpg`. Every picture is opened. Bad ones are listed in the file `bad`; too many are a UserError (see
+    `BadRows`). `report` is called with (rows looked at, rows in all).
+    """
+
+    def __init__(self, source: Source, bad: Path, report: Callable[[int, int], None] | None = None) -> None:
+        bad.unlink(missing_ok=True)
+        counted = BadRows(bad)
+        self.source = source
+        self.numbers: list[int] = []
+        for number in range(len(source)):
+            counted.saw()
+            with counted.skipping():
+                row = source[number]
+                check_picture(row)
+                self.numbers += [number] if row.captions else []
+            if report is not None:
+                report(number + 1, len(source))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Row:
+        row = self.source[self.numbers[index]]
+        return replace(row, id=f"human/{row.id}")
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def part(self, indices: Sequence[int]) -> "HumanRows":
+        """Some of them."""
+        found = copy.copy(self)
+        found.numbers = [self.numbers[index] for index in indices]
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the source, and which of its rows are good."""
+        return hashlib.sha256(json.dumps([self.source.fingerprint, self.numbers]).encode()).hexdigest()
