@@ -72,7 +72,8 @@ def train(
 
     Args:
         recipe: the name of a recipe (`openblip info` lists them), or a JSON file of one.
-        data: image-text pairs, questions, or whatever the stage needs; several are trained on together.
+        data: image-text pairs, questions, or whatever the stage needs; several are trained on together, instructions in
+            proportion to the square root of the sizes (InstructBLIP §2.4) unless `take` says otherwise.
         out: run folder; the model lands in its `model` folder.
         take: how many rows of each of several data sets, drawn by the seed 42; otherwise all of them.
         init: model folder, file of original weights, or hub name to begin with; a fine-tune needs one.

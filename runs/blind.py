@@ -20,7 +20,12 @@ from openblip.eval.captions import caption_scores
 from openblip.models.generation import GenerationConfig
 
 
-def main(data: str, model: Path, split: str | None = None, prompt: str = "A photo of") -> None:
+def main(
+    data: tyro.conf.Positional[str],
+    model: tyro.conf.Positional[Path],
+    split: str | None = None,
+    prompt: str = "A photo of",
+) -> None:
     """Caption every picture of `data` with one sentence.
 
     Args:

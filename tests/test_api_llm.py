@@ -390,6 +390,9 @@ class Rows(list):
     def rows(self, bad):
         return iter(self)
 
+    def light(self, index):
+        return self[index]
+
 
 def test_search_and_capfilt_take_it(models, rows):
     model = models["llama"]

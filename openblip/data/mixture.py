@@ -1,9 +1,10 @@
 """Several data sets as one: by the square root of their sizes (InstructBLIP §2.4), or so many rows of each (BLIP-3)."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -74,6 +75,7 @@ class MixedRows:
     def __init__(
         self, sources: Sequence[Rows], counts: Sequence[int | None] | None = None, *, seed: int = 42
     ) -> None:
+        self.is_counted = counts is not None
         counts = [None] * len(sources) if counts is None else list(counts)
         if not sources or len(counts) != len(sources):
             raise UserError(
@@ -102,8 +104,29 @@ class MixedRows:
         row = self.sources[number][place]
         return replace(row, id=f"{number}/{row.id}")
 
+    def parts(self) -> "dict[str, Rows]":
+        """The rows of each source by themselves, with the same ids, by the number of the source."""
+        numbers = np.array([number for number, _ in self.places])
+        starts = np.searchsorted(numbers, range(len(self.sources) + 1)).tolist()
+        return {str(n): _Part(self, *span) for n, span in enumerate(itertools.pairwise(starts))}
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what was drawn of which sources (see `rows_fingerprint`)."""
         state = [[rows_fingerprint(source) for source in self.sources], self.places]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows `start` to `stop`."""
+
+    rows: Rows
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int, /) -> Row:
+        return self.rows[self.start + index]

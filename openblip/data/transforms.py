@@ -230,13 +230,6 @@ def swap_pair(left: T, right: T, sentence: str, rng: np.random.Generator) -> tup
     return right, left, exchange_left_right(sentence)
 
 
-def uniform_frame_indices(num_frames: int, count: int) -> list[int]:
-    """`count` frames of a video, evenly from its beginning (BLIP §5.6); a shorter video repeats frames."""
-    if num_frames < 1 or count < 1:
-        raise ValueError(f"wanted at least one frame of a video with frames, got {count} of {num_frames}")
-    return [i * num_frames // count for i in range(count)]
-
-
 def _to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """RGB -> normalised float32 [3, H, W]."""
     if image.mode != "RGB":

@@ -88,23 +88,6 @@ def filter_scores(scores: Any, labels: Any, threshold: float = 0.5) -> dict[str,
     }
 
 
-def precision_recall_curve(scores: Any, labels: Any) -> dict[str, list[float]]:
-    """Points of the precision-recall curve, one for each distinct score: "threshold", "precision", "recall".
-
-    Thresholds fall; point i calls positive what scores `threshold[i]` or more. Arguments and errors are
-    those of `filter_scores`.
-    """
-    values, truth = _scored(scores, labels)
-    order = np.argsort(-values, kind="stable")
-    values, hits = values[order], np.cumsum(truth[order])
-    last = np.flatnonzero(np.append(np.diff(values) != 0, True))  # where each run of equal scores ends
-    return {
-        "threshold": values[last].tolist(),
-        "precision": (hits[last] / (last + 1)).tolist(),
-        "recall": (hits[last] / hits[-1]).tolist(),
-    }
-
-
 def nlvr2_scores(predictions: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, float]:
     """NLVR2's "accuracy" and "consistency" (Suhr et al. 2019, arXiv:1811.00491).
 

@@ -25,40 +25,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def dropout(x: Tensor, rate: float) -> Tensor:
-    """Zeros in the place of a share `rate` of the values of x, the rest larger so that the mean stays.
-
-    On a CPU one random byte decides over each value, drawn eight at a time, where torch draws them one after the
-    other: there the rate is a multiple of 1/256. Measured by `benchmarks/dropout.py`.
-    """
-    if x.device.type != "cpu":
-        return F.dropout(x, rate)
-    dropped = min(round(256 * rate), 255)
-    size = x.numel()
-    numbers = torch.empty((size + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits of each
-    keep = numbers.view(torch.uint8)[:size].view(x.shape) >= dropped
-    return x * keep.to(x.dtype).mul_(256 / (256 - dropped))
-
-
-class Dropout(nn.Module):
-    """`dropout` in training mode, nothing otherwise."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[...] -> [...]."""
-        return dropout(x, self.rate) if self.training and self.rate > 0 else x
-
-
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
     *,
-    dropout_rate: float = 0.0,
+    dropout: float = 0.0,
     weights: list[Tensor] | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v. The one place that chooses the kernel.
@@ -69,19 +42,16 @@ def attend(
     torch's fused kernel, but for bfloat16 on a CPU: there three plain operations take less time in nearly every
     shape of this project, above all with the backward pass (docs/results.md; `benchmarks/attention.py` measures).
     """
-    on_cpu = q.device.type == "cpu"
-    # With dropout torch takes three operations on a CPU as well, and draws more slowly.
-    plain = weights is not None or (on_cpu and (q.dtype is torch.bfloat16 or dropout_rate > 0))
+    plain = weights is not None or (q.dtype is torch.bfloat16 and q.device.type == "cpu")
     if not plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_rate)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1)
     if weights is not None:
         weights.append(probabilities)
-    probabilities = probabilities.to(v.dtype)
-    return (dropout(probabilities, dropout_rate) if dropout_rate else probabilities) @ v
+    return F.dropout(probabilities, dropout).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -124,7 +94,7 @@ class Attention(nn.Module):
         image are laid side by side as g · L queries against one memory, so nothing is copied per row. `mask`
         [B, 1, 1, N].
         """
-        rate = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         if memory is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             if past is not None:
@@ -138,7 +108,7 @@ class Attention(nn.Module):
                 )
             rows = x.reshape(images, -1, x.shape[-1])  # [B, g·L, D]
             q = self.q(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, g·L, d]
-        y = attend(q, k, v, mask, dropout_rate=rate, weights=weights)
+        y = attend(q, k, v, mask, dropout=dropout, weights=weights)
         y = y.transpose(1, 2).reshape(x.shape)
         return self.out(y), (k, v)
 

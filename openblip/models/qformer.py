@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
-from openblip.models.layers import Dropout, KeyValue, init_weights
+from openblip.models.layers import KeyValue, init_weights
 from openblip.models.text import (
     Cache,
     CrossAttentionBlock,
@@ -109,7 +109,7 @@ class QFormer(nn.Module):
         width = config.hidden_size
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # of queries and text embeddings alike
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         if config.text:
             self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
             self.word.weight.requires_grad_(not config.freeze_words)

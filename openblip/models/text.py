@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
-from openblip.models.layers import ACTIVATIONS, Attention, Dropout, KeyValue, Mlp, init_weights
+from openblip.models.layers import ACTIVATIONS, Attention, KeyValue, Mlp, init_weights
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Residual(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """[R, L, D], [R, L, D] -> [R, L, D]."""
@@ -181,7 +181,7 @@ class TextEmbeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids [R, L], positions [R|1, L] -> [R, L, D]."""

@@ -29,6 +29,7 @@ from openblip.data.collate import (
 from openblip.data.collate_lm import InstructDataset, LmCollator, PrefixDataset
 from openblip.data.features import FeatureCache, TileCache, build_features
 from openblip.data.loader import Loader
+from openblip.data.mixture import MixedRows, Mixture
 from openblip.data.rows import BadRows
 from openblip.data.text import clean_caption
 from openblip.data.tiles import TileTransform
@@ -222,14 +223,18 @@ def _loader(
     transform: ImageTransform | TrainTransform | None = None
     if features is None:
         transform = made.transform if recipe.augment is None else _augmented(recipe, made.transform)
-    dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset
+    dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset | Mixture
     if recipe.stage == "vqa":
         weight = recipe.single_answer_weight
         dataset = VqaDataset(rows, transform, features=features, single_answer_weight=weight)
     elif recipe.stage == "nlvr":
         dataset = NlvrDataset(rows, transform, features=features)
     elif recipe.stage == "instruct":
-        dataset = InstructDataset(rows, transform, features=features)
+        if isinstance(rows, MixedRows) and not rows.is_counted:  # by √size (InstructBLIP §2.4)
+            parts = rows.parts().items()
+            dataset = Mixture({name: InstructDataset(of, transform, features=features) for name, of in parts})
+        else:
+            dataset = InstructDataset(rows, transform, features=features)
     else:
         # CLIP's captions and a language model's keep their capitals and their punctuation.
         clean = str if recipe.stage in ("clip", "blip2_stage2") else clean_caption
@@ -260,7 +265,7 @@ def _loader(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=recipe.workers,
-        lengths=text_lengths(rows) if recipe.bucket else None,
+        lengths=text_lengths(rows) if recipe.bucket and not isinstance(dataset, Mixture) else None,
         bad=bad,
     )
 

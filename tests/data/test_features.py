@@ -131,6 +131,7 @@ def test_complete_data_without_the_mark_is_not_trusted_as_it_stands(tmp_path):
 
 
 def _killed_build(folder: Path, after: int) -> None:
+    torch.set_num_threads(1)  # a fork of a process that has had threads may not start more
     encode = Encoder()
 
     def encode_and_die(pixels):
@@ -280,6 +281,7 @@ def test_encoding_keeps_no_graph(tmp_path):
 
 
 def _slow_build(folder: Path, queue) -> None:
+    torch.set_num_threads(1)  # see above
     encode = Encoder()
 
     def slowly(pixels):

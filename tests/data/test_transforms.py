@@ -22,7 +22,6 @@ from openblip.data.transforms import (
     random_crop_box,
     rotate,
     swap_pair,
-    uniform_frame_indices,
     warp,
 )
 
@@ -295,12 +294,3 @@ def test_a_pair_is_swapped_half_of_the_time_and_its_sentence_with_it():
     results = Counter(swap_pair("L", "R", "left one", np.random.default_rng(seed)) for seed in range(400))
     assert set(results) == {("L", "R", "left one"), ("R", "L", "right one")}
     assert 150 < results[("L", "R", "left one")] < 250
-
-
-def test_frames_are_spread_evenly():
-    assert uniform_frame_indices(80, 8) == [0, 10, 20, 30, 40, 50, 60, 70]
-    assert uniform_frame_indices(10, 4) == [0, 2, 5, 7]
-    assert uniform_frame_indices(2, 4) == [0, 0, 1, 1]
-    assert uniform_frame_indices(1, 3) == [0, 0, 0]
-    with pytest.raises(ValueError, match="at least one frame"):
-        uniform_frame_indices(0, 4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from openblip.config import UserError
-from openblip.eval.metrics import filter_scores, nlvr2_scores, precision_recall_curve, recall_at
+from openblip.eval.metrics import filter_scores, nlvr2_scores, recall_at
 
 # rows: images, columns: texts; texts 0 and 1 describe image 0, the others images 1 and 2
 SIMS = [[0.1, 0.9, 0.8, 0.0], [0.7, 0.2, 0.6, 0.5], [0.3, 0.4, 0.5, 0.4]]
@@ -108,21 +108,6 @@ def test_auc_equals_all_pairs():
         )
 
 
-def test_curve_has_one_point_for_each_score():
-    curve = precision_recall_curve([0.2, 0.8, 0.8, 0.5], [1, 1, 0, 0])
-    assert curve == {
-        "threshold": [0.8, 0.5, 0.2],
-        "precision": pytest.approx([1 / 2, 1 / 3, 2 / 4]),
-        "recall": [0.5, 0.5, 1.0],
-    }
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 9, size=50) / 9, rng.random(50) < 0.4
-    curve = precision_recall_curve(scores, labels)
-    for threshold, precision, recall in zip(*curve.values()):
-        at = filter_scores(scores, labels, threshold)
-        assert (precision, recall) == pytest.approx((at["precision"], at["recall"]))
-
-
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
@@ -135,9 +120,8 @@ def test_curve_has_one_point_for_each_score():
     ],
 )
 def test_filter_refuses_what_it_cannot_score(scores, labels, message):
-    for score in (filter_scores, precision_recall_curve):
-        with pytest.raises(UserError, match=message):
-            score(scores, labels)
+    with pytest.raises(UserError, match=message):
+        filter_scores(scores, labels)
 
 
 def test_nlvr2_groups_by_sentence():

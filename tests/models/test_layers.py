@@ -6,17 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from openblip.models.layers import (
-    ACTIVATIONS,
-    Attention,
-    Dropout,
-    DropPath,
-    LayerScale,
-    Mlp,
-    attend,
-    dropout,
-    init_weights,
-)
+from openblip.models.layers import ACTIVATIONS, Attention, DropPath, LayerScale, Mlp, attend, init_weights
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -57,43 +47,6 @@ def test_bfloat16_stays_bfloat16_and_close(autocast):
         found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_zeroes_its_share_everywhere_alike_and_keeps_the_mean(dtype):
-    torch.manual_seed(0)
-    x = torch.ones(1001, 803, dtype=dtype, requires_grad=True)  # no multiple of eight values
-    y = dropout(x, 0.1)
-    assert set(y.detach().unique().tolist()) == {0.0, torch.tensor(256 / 230, dtype=dtype).item()}
-    dropped = (y.detach() == 0).flatten()
-    assert dropped.double().mean().item() == pytest.approx(26 / 256, abs=0.0015)  # 4 standard errors
-    by_place = (
-        dropped[: 8 * (len(dropped) // 8)].view(-1, 8).double().mean(dim=0)
-    )  # of a number's eight bytes
-    torch.testing.assert_close(by_place, torch.full((8,), 26 / 256, dtype=torch.float64), atol=0.004, rtol=0)
-    pairs = (dropped[1:] & dropped[:-1]).double().mean().item()
-    assert pairs == pytest.approx((26 / 256) ** 2, abs=0.0005), "neighbours know nothing of each other"
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach()), "the gradient passes where the value did"
-
-
-def test_dropout_is_for_training_and_follows_the_seed():
-    x, drop = torch.randn(50, 7), Dropout(0.5)
-    assert drop.eval()(x) is x and Dropout(0.0).train()(x) is x
-    drawn = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        drawn.append(drop.train()(x))
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert dropout(x, 1.0).isfinite().all(), "the largest rate still leaves something"
-
-
-def test_attention_drops_weights_in_either_precision():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(4, 2, 30, 8), torch.randn(4, 2, 30, 8), torch.ones(4, 2, 30, 8)
-    for dtype in (torch.float32, torch.bfloat16):
-        sums = attend(q.to(dtype), k.to(dtype), v.to(dtype), dropout_rate=0.5).float()
-        assert sums.std() > 0.1 and sums.mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_kept_probabilities_stay_in_the_graph():

@@ -10,7 +10,6 @@ from openblip.hub import Pretrained
 from openblip.models.lm import LmConfig
 from openblip.models.resampler import ResamplerConfig
 from openblip.models.temporal import TemporalConfig
-from openblip.models.vit import VisionConfig
 from openblip.recipes import recipe_named
 from openblip.train.ingredients import prepare
 from openblip.train.stage import task_of
@@ -40,12 +39,12 @@ def phi3(tmp_path_factory):
 def small(name, phi3):
     """The recipe with a toy's sizes, and nothing else changed."""
     recipe = recipe_named(name)
-    tower = {**recipe.blip3.vision.backbone, "image_size": 16, "patch_size": 8, "hidden_size": 16}
-    tower |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     geometry = replace(
         recipe.blip3,
         lm=LmConfig({"model_type": "llama"}, added_tokens=3, first_added_id=280),
-        vision=VisionConfig(16, 8, 16, 1, 2, 32, backbone=tower),
+        vision=replace(recipe.blip3.vision, **sizes),
         resampler=ResamplerConfig(16, 3, 1, 2, 8, 2, 1),
         temporal=recipe.blip3.temporal and TemporalConfig(1, "ttm", 2, 3, 2, 1, 1),
     )

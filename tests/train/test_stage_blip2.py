@@ -4,12 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from openblip.config import UserError
 from openblip.convert.weights import LoadReport, WeightsError
+from openblip.data.collate_lm import InstructDataset
+from openblip.data.mixture import MixedRows
+from openblip.data.rows import BadRows
 from openblip.data.sources import open_source
 from openblip.hub import load_pretrained
 from openblip.models.blip2 import Blip2, Blip2Config
@@ -18,7 +22,7 @@ from openblip.models.qformer import QFormerConfig
 from openblip.recipes import Language, Recipe
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
-from openblip.train.stage import run_stage
+from openblip.train.stage import _loader, run_stage
 from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
 from tests.data.test_prompts import byte_level
 from tests.models.tiny_lms import CONFIGS, tiny_lm
@@ -162,6 +166,17 @@ def test_instructions_from_rows_to_a_model(stage1, language, rows, tmp_path):
     chosen = recipe("instruct", init=str(stage1), language=Language(str(language)))
     found = load_pretrained(run_stage(chosen, asked, tmp_path / "run").folder)
     assert found.model.config.qformer_text and found.model.blip2.qformer.config.text
+    made, one = prepare(chosen, asked), asked[3]
+    mixed = MixedRows([asked, [one, one]])
+    loader = _loader(chosen, made, mixed, None, BadRows())
+    assert loader.dataset.shares == pytest.approx({"0": 2 / 3, "1": 1 / 3}), "√8 to √2"
+    drawn = [loader.dataset.get(0, np.random.default_rng(place)) for place in range(20)]
+    assert {sample["id"] for sample in drawn if sample["dataset"] == "1"} == {f"1/{one.id}"}
+    counted = _loader(chosen, made, MixedRows([asked, [one]], [4, 2]), None, BadRows())
+    assert isinstance(counted.dataset, InstructDataset) and len(counted.dataset) == 6, (
+        "as many as were asked for"
+    )
+    run_stage(chosen, mixed, tmp_path / "mixed")
 
 
 def test_stage2_learns_to_take_instructions_if_its_qformer_can_read(stage1, language, rows, tmp_path):
