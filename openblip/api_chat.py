@@ -17,8 +17,8 @@ from openblip.api_llm import quantise_
 from openblip.api_reader import ChatReader, Prompt, one_text
 from openblip.api_talk import Talk
 from openblip.config import UserError
-from openblip.data.conversation import CAPTION_PROMPT
-from openblip.data.video import FRAMES
+from openblip.data.conversation import CAPTION_PROMPT, VIDEO_PROMPT
+from openblip.data.video import FRAMES, as_video
 from openblip.hub import Pretrained
 from openblip.models.generation import GenerationConfig
 
@@ -103,9 +103,10 @@ class ChatPipeline(Pipeline):
 
     def caption_stream(self, image: Image, prompt: str | None = None, **generation: Any) -> Iterator[str]:
         """The caption of one image, piece by piece as it is written (greedy or sampled, no beams)."""
-        words, build = self._caption_prompt(prompt)
         config = self.reader.options(self.caption_options, generation)
-        return self._streamed(build(words, [image], "caption"), config)
+        return self._streamed(
+            self._caption_prompt(self._caption_words(image, prompt), [image], "caption"), config
+        )
 
     def answer(
         self,
@@ -147,12 +148,20 @@ class ChatPipeline(Pipeline):
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _caption_prompt(self, prompt: str | None) -> tuple[str, Callable[..., Prompt]]:
-        """What a caption is asked for with, and what makes a prompt of that."""
-        if self.info.get("stage") == "blip3_pretrain":
-            return prompt or "", self.reader.document_prompt
-        asked = self.info.get("prompt", CAPTION_PROMPT) if prompt is None else prompt
-        return asked, self.reader.chat_prompt
+    @property
+    def _is_base(self) -> bool:
+        """Whether it goes on with documents, and does not answer yet."""
+        return self.info.get("stage") == "blip3_pretrain"
+
+    @property
+    def _caption_prompt(self) -> Callable[..., Prompt]:
+        return self.reader.document_prompt if self._is_base else self.reader.chat_prompt
+
+    def _caption_words(self, image: Image, prompt: str | None) -> str:
+        """What a caption is asked for with, as in training."""
+        if self._is_base or prompt is not None:
+            return prompt or ""
+        return self.info.get("prompt", CAPTION_PROMPT if as_video(image) is None else VIDEO_PROMPT)
 
     def _batches(
         self, asked: Sequence[Request], build: Callable[..., Prompt], new_tokens: int
@@ -182,9 +191,10 @@ class ChatPipeline(Pipeline):
     def _captions(
         self, images: Sequence[Image], prompt: str | None, config: GenerationConfig, seeds: Sequence[int]
     ) -> list[list[str]]:
-        words, build = self._caption_prompt(prompt)
-        asked: list[Request] = [(words, [image], f"image {i}") for i, image in enumerate(images)]
-        return self._replies(asked, build, config, seeds)
+        asked: list[Request] = [
+            (self._caption_words(image, prompt), [image], f"image {i}") for i, image in enumerate(images)
+        ]
+        return self._replies(asked, self._caption_prompt, config, seeds)
 
     def _streamed(self, prompt: Prompt, config: GenerationConfig) -> Iterator[str]:
         """Mistakes show at once, before the first piece is asked for."""

@@ -59,7 +59,10 @@ def test_questions_about_videos(model, root):
     assert len(set(answers)) == 3
     parts = [{"type": "video", "video": str(up)}, {"type": "text", "text": "what?"}]
     assert model.chat([{"role": "user", "content": parts}], **FEW) == answers[0]
-    assert model.caption(up, **FEW) == model.chat("Describe the image.", up, **FEW)
+    written = model.caption([up, root / "a.png"], **FEW)
+    assert written[0] == model.chat("Describe the video.", up, **FEW), "as in training"
+    assert written[1] == model.chat("Describe the image.", root / "a.png", **FEW)
+    assert "".join(model.caption_stream(up, **FEW)) == written[0]
     assert model.answer(up, "what?", answers=["red", "no"]) in ("red", "no")
 
 

@@ -109,7 +109,7 @@ class DpoTask(Task):
         return self.config.lm_lr_scale if name.startswith("model.lm.model.") else 1.0
 
     def shard_units(self) -> list[nn.Module]:
-        """Raises ConfigError: the reference is swapped in for whole weights, and adapters are small."""
+        """Raises ConfigError: the reference is a copy of whole weights, and adapters are small."""
         raise ConfigError(
             "shard: DPO keeps a whole copy of what it trains, so it does not go in shards; train adapters"
         )

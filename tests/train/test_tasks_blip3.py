@@ -348,7 +348,28 @@ class Shares:
             start += 1
 
 
+class PairShares:
+    """The same of preferences, all with pictures: what is chosen stands first."""
+
+    def batches(self, start: int):
+        while True:
+            halves = [pairs(2, 2 * start), pairs(2, 2 * start + 1)]
+            mine = halves if distributed.world_size() == 1 else [halves[distributed.rank()]]
+            width = max(half["labels"].shape[1] for half in mine)
+            found = {}
+            for name, fill in {"input_ids": PAD, "labels": -100}.items():
+                rows = [F.pad(half[name], (0, width - half[name].shape[1]), value=fill) for half in mine]
+                found[name] = torch.cat([part[:2] for part in rows] + [part[2:] for part in rows])
+            for name in ("grids", "pixel_values"):
+                found[name] = torch.cat([half[name] for half in mine])
+            images = torch.arange(len(found["grids"])).repeat(2)
+            yield {**found, "image_index": images, "ids": [name for half in mine for name in half["ids"]]}
+            start += 1
+
+
 def two_runs(folder: Path, name: str) -> None:
+    task = DpoTask(blip3(lora=tiny.ADAPTERS), DpoTaskConfig(beta=0.5))
+    fit(task, PairShares(), tiny.settings(4, lr=1e-2), folder / f"{name}-dpo")
     for kind in ("adapters", "whole"):
         model = blip3(**({"lora": tiny.ADAPTERS} if kind == "adapters" else {"trainable": True}))
         settings = tiny.settings(4, shard=kind == "whole")
@@ -356,7 +377,7 @@ def two_runs(folder: Path, name: str) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """With adapters, and in shards with the whole language model; one of them once without any picture."""
+    """With adapters, DPO, and in shards the whole language model; one of them once without any picture."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, __file__, str(tmp_path)],
@@ -368,9 +389,9 @@ def test_two_processes_train_as_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     two_runs(tmp_path, "one")
-    for kind in ("adapters", "whole"):
+    for kind, loss in (("adapters", "lm"), ("whole", "lm"), ("dpo", "dpo")):
         one, two = (
-            [json.loads(line)["losses"]["lm"] for line in (tmp_path / f"{name}-{kind}/metrics.jsonl").open()]
+            [json.loads(line)["losses"][loss] for line in (tmp_path / f"{name}-{kind}/metrics.jsonl").open()]
             for name in ("one", "two")
         )
         assert len(one) == 4 and one == pytest.approx(two, abs=1e-5) and len(set(one)) == 4
