@@ -166,6 +166,7 @@ def eval(
     k: int = 128,
     num_beams: int | None = None,
     prompt: str | None = None,
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32",
     out: Path | None = None,
     how: How = AS_USUAL,
     json: bool = False,
@@ -179,6 +180,7 @@ def eval(
         k: candidates that the ITM head reranks, for each image and each text.
         num_beams: of beam search; by default the papers': 3, 5 for BLIP-2, 1 for BLIP-3.
         prompt: what captions begin with, or how a language model is asked (see caption and vqa).
+        dtype: precision the model runs in.
         out: a file for the figures, with the model and the data they belong to.
         json: print the figures as JSON; "skipped" counts the rows that could not be used, by reason.
     """
@@ -189,7 +191,7 @@ def eval(
     source, bad = how.open(data), BadRows()
     if out is not None:
         check_file(out)
-    pipeline = load(model)
+    pipeline = load(model, dtype=dtype)
     with progress("looking at every picture", json) as report:
         rows = benchmarks.usable_rows(task, source, bad, report=report)
     with progress(task, json) as report:
@@ -201,6 +203,7 @@ def eval(
             figures = protocol(pipeline, rows, num_beams=num_beams, report=report, **given(prompt=prompt))
     figures["skipped"] = dict(bad.counts)
     record = {"task": task, "model": model, "data": data, "split": how.split, "k": k, "num_beams": num_beams}
+    record |= {"dtype": dtype}
     record |= given(prompt=prompt)
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")

@@ -13,29 +13,37 @@ data=$1 out=$2
 
 # 1. Stage 1: a Q-Former learns to read images: which text goes with which, and what a text would say.
 openblip train blip2_stage1_small --data "$data" --split train --features "$out/features" --out "$out/stage1"
-openblip eval retrieval --data "$data" --split val --model "$out/stage1/model" --k 16 --out "$out/stage1/retrieval.json"
+openblip eval retrieval --data "$data" --split val --model "$out/stage1/model" --k 16 --dtype bf16 \
+  --out "$out/stage1/retrieval.json"
 
 # 2. Stage 2: it learns to tell a language model what it read. What the language model says without it is the floor.
 openblip train blip2_stage2_small --data "$data" --split train --features "$out/features" --out "$out/stage2" \
   --init "$out/stage1/model"
-openblip eval caption --data "$data" --split val --model "$out/stage2/model" --num-beams 5 --out "$out/stage2/caption.json"
+openblip eval caption --data "$data" --split val --model "$out/stage2/model" --num-beams 5 --dtype bf16 \
+  --out "$out/stage2/caption.json"
 python runs/blind.py "$data" "$out/stage2/model" --split val
 
 # 3. What stage 1 is worth to stage 2 (the paper's figure 5), and ITG to stage 1 (its table 6), in shorter runs.
 openblip train blip2_stage2_short --data "$data" --split train --features "$out/features" --out "$out/short" \
   --init "$out/stage1/model"
-openblip eval caption --data "$data" --split val --model "$out/short/model" --num-beams 5 --out "$out/short/caption.json"
+openblip eval caption --data "$data" --split val --model "$out/short/model" --num-beams 5 --dtype bf16 \
+  --out "$out/short/caption.json"
 openblip train blip2_stage2_short_alone --data "$data" --split train --features "$out/features" --out "$out/alone"
-openblip eval caption --data "$data" --split val --model "$out/alone/model" --num-beams 5 --out "$out/alone/caption.json"
+openblip eval caption --data "$data" --split val --model "$out/alone/model" --num-beams 5 --dtype bf16 \
+  --out "$out/alone/caption.json"
 openblip train blip2_stage1_short --data "$data" --split train --features "$out/features" --out "$out/itg"
-openblip eval retrieval --data "$data" --split val --model "$out/itg/model" --k 16 --out "$out/itg/retrieval.json"
-openblip train blip2_stage1_short_without_itg --data "$data" --split train --features "$out/features" --out "$out/no_itg"
-openblip eval retrieval --data "$data" --split val --model "$out/no_itg/model" --k 16 --out "$out/no_itg/retrieval.json"
+openblip eval retrieval --data "$data" --split val --model "$out/itg/model" --k 16 --dtype bf16 \
+  --out "$out/itg/retrieval.json"
+openblip train blip2_stage1_short_without_itg --data "$data" --split train --features "$out/features" \
+  --out "$out/no_itg"
+openblip eval retrieval --data "$data" --split val --model "$out/no_itg/model" --k 16 --dtype bf16 \
+  --out "$out/no_itg/retrieval.json"
 
 # 4. BLIP's own captioner, on the same photographs.
 openblip train small_pretrain --data "$data" --split train --out "$out/blip" --steps 350
 openblip train small_caption --data "$data" --split train --out "$out/blip_caption" --init "$out/blip/model" --steps 120
-openblip eval caption --data "$data" --split val --model "$out/blip_caption/model" --out "$out/blip_caption/caption.json"
+openblip eval caption --data "$data" --split val --model "$out/blip_caption/model" \
+  --out "$out/blip_caption/caption.json"
 
 # 5. Use it.
 openblip search "a dog running through water" --data "$data" --model "$out/stage1/model"
