@@ -140,9 +140,11 @@ def run_stage(
 
 
 def _begun(recipe: Recipe, rows: Rows) -> dict[str, Any]:
-    """All that decides what a run makes: its recipe, the rows, and the weights it begins with, if in a folder."""
-    init = Path(recipe.init or "")
-    files = sorted(init.glob("*.safetensors")) if recipe.init else []
+    """All that decides what a run makes: its recipe, the rows, and the weights it begins with, if they are here."""
+    files: list[Path] = []
+    if recipe.init is not None:  # a name on the hub has no files here, and stands for itself
+        init = Path(recipe.init)
+        files = [init] if init.is_file() else sorted(init.glob("*.safetensors"))
     return {
         "recipe": _settings(replace(recipe, init=None) if files else recipe),
         "init": {file.name: discover.digest(str(file)) for file in files},

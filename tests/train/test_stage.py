@@ -30,7 +30,7 @@ from openblip.train import checkpoint
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
 from openblip.train.loop import fit
-from openblip.train.stage import cache_features, run_stage
+from openblip.train.stage import _begun, cache_features, run_stage
 from openblip.train.tasks import BlipTask, BlipTaskConfig
 from tests.tiny_models import picture_folder, save_clip
 from tests.train import tiny
@@ -177,6 +177,12 @@ def test_a_run_of_something_else_is_neither_taken_nor_gone_on_with(data, first, 
         run_stage(changed, data["pretrain"], first)
     with pytest.raises(UserError, match=r"init.model.safetensors was None and is "):
         run_stage(recipe(init=str(first / "model")), data["pretrain"], first)
+    for init in (first / "model", first / "model/model.safetensors"):
+        known = _begun(recipe(init=str(init)), data["pretrain"])
+        assert list(known["init"]) == ["model.safetensors"] and known["recipe"]["init"] is None, (
+            "what it is, not where"
+        )
+    assert _begun(recipe(init="ann/blip"), data["pretrain"])["recipe"]["init"] == "ann/blip"
     assert (first / "begun.json").read_bytes() == begun, "a refused call leaves no trace"
     assert (first / "model/model.safetensors").read_bytes() == model
 
