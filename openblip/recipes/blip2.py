@@ -13,15 +13,18 @@ from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig
 def blip2_stage1() -> Recipe:
     """BLIP-2 stage 1 with CLIP's ViT-L, frozen: 250,000 steps of 2320 pairs at 224 px (BLIP-2 §3.4 and appendix).
 
-    The tower begins with weights if `vision_init` names a file of them (clip_vit_L.pth); so does EVA-CLIP's ViT-g,
-    `models.vit.eva_vit_g`, in batches of 1680.
+    Begins with CLIP's tower and bert-base, from the hub; `vision_init` may be LAVIS's clip_vit_L.pth as well, or with
+    EVA-CLIP's ViT-g, `models.vit.eva_vit_g`, eva_vit_g.pth, in batches of 1680.
     """
     train = TrainConfig(
         max_steps=250_000, batch_size=2320, lr=1e-4, warmup_steps=2000, betas=(0.9, 0.98), precision="bf16",
         clip_norm=None, save_every=1000,
     )  # fmt: skip
     augment = Augment(crop=(0.5, 1.0), randaugment=False)
-    return Recipe("blip2_stage1", train, blip2=Blip2Config(clip_vit_l()), augment=augment, max_length=32)
+    return Recipe(
+        "blip2_stage1", train, blip2=Blip2Config(clip_vit_l()), augment=augment, max_length=32,
+        vision_init="openai/clip-vit-large-patch14", text_init="google-bert/bert-base-uncased",
+    )  # fmt: skip
 
 
 def blip2_stage2() -> Recipe:
@@ -30,7 +33,9 @@ def blip2_stage2() -> Recipe:
     train = replace(recipe.train, max_steps=80_000, batch_size=1920, min_lr=5e-5)
     # There a text ends with a line break, which is OPT's token 50118.
     language = Language("facebook/opt-2.7b", changes={"eos_token_id": 50118})
-    return replace(recipe, stage="blip2_stage2", train=train, language=language)
+    return replace(
+        recipe, stage="blip2_stage2", train=train, language=language, vision_init=None, text_init=None
+    )
 
 
 def instructblip() -> Recipe:

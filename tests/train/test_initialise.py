@@ -33,7 +33,7 @@ from openblip.models.vit import (
     resize_position_embedding,
 )
 from openblip.recipes import Recipe
-from openblip.recipes.blip2 import blip2_stage1
+from openblip.recipes.blip2 import blip2_stage1, blip2_stage2, instructblip
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
 from openblip.train.initialise import load_text_, load_tower_
@@ -246,7 +246,7 @@ def test_a_recipe_begins_with_a_file_of_a_tower(tmp_path):
     tensors = eva_file(tmp_path / "eva.pth")
     qformer = QFormerConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
     stage1 = Blip2Config(eva().config, qformer)
-    recipe = replace(blip2_stage1(), vision_init=str(tmp_path / "eva.pth"), blip2=stage1)
+    recipe = replace(blip2_stage1(), vision_init=str(tmp_path / "eva.pth"), text_init=None, blip2=stage1)
     made = prepare(recipe, [])
     assert torch.equal(made.model.vision.patch_embedding.weight, tensors["patch_embed.proj.weight"])
     assert not made.model.vision.patch_embedding.weight.requires_grad
@@ -320,6 +320,41 @@ def test_a_q_former_begins_with_a_bert(bert):
 
 
 # ------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_blip2_begins_with_clips_tower_and_a_bert_and_stage_2_with_stage_1(bert, tmp_path):
+    """As the recipe says, at a toy's size: all blocks of CLIP's tower but the last."""
+    peer, folder = bert
+    clip = random_peer(CLIPModel, clip_config()).float()
+    clip.save_pretrained(tmp_path)
+    theirs = clip.config.vision_config
+    vision = replace(
+        clip_vit_l(), image_size=theirs.image_size, patch_size=theirs.patch_size, hidden_size=theirs.hidden_size,
+        num_hidden_layers=theirs.num_hidden_layers - 1, num_attention_heads=theirs.num_attention_heads,
+        intermediate_size=theirs.intermediate_size,
+    )  # fmt: skip
+    qformer = QFormerConfig(
+        129, 16, 2, 4, 24, max_position_embeddings=24, dec_token_id=128, num_query_tokens=3
+    )
+    recipe = blip2_stage1()
+    assert recipe.vision_init and recipe.text_init, "a frozen tower that begins with nothing teaches nothing"
+    made = prepare(
+        replace(
+            recipe, blip2=Blip2Config(vision, qformer, projection_dim=8), vision_init=str(tmp_path),
+            text_init=str(folder),
+        ),
+        [],
+    )  # fmt: skip
+    images = pixels(2, 3, theirs.image_size, theirs.image_size).float()
+    with torch.no_grad():
+        wanted = clip.vision_model(images, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(made.model.vision.eval()(images), wanted, rtol=1e-4, atol=1e-4)
+    words = peer.bert.embeddings.word_embeddings.weight
+    assert torch.equal(made.model.qformer.word.weight[:128], words)
+    assert made.transform.mean == CLIP_MEAN and made.transform.resize == "squash"
+    for later in (blip2_stage2(), instructblip()):
+        with pytest.raises(UserError, match="fine-tunes a pre-trained model"):
+            prepare(later, [])
 
 
 def test_a_recipe_begins_with_both(bert, tmp_path):
