@@ -295,7 +295,9 @@ def test_a_recipe_begins_with_the_file_of_a_tower(eva, clip):
     ]
     qformer = QFormerConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
     for (file, tensors, _), vision, plain, corners in kinds:
-        recipe = replace(blip2_stage1(), vision_init=str(file), blip2=Blip2Config(vision, qformer))
+        recipe = replace(
+            blip2_stage1(), vision_init=str(file), text_init=None, blip2=Blip2Config(vision, qformer)
+        )
         made = prepare(recipe, [])
         tokens = made.model.encode_image(LARGER.float())
         tensors = {name: value.float() for name, value in tensors.items()}
