@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,18 +24,15 @@ from openblip.cli_make import (
     quickstart,
     train,
 )
-from openblip.cli_shared import AS_USUAL, How, check_file, progress
+from openblip.cli_search import index, search
+from openblip.cli_shared import AS_USUAL, How, as_lines, check_file, progress, say_skipped
 from openblip.config import UserError
-
-if TYPE_CHECKING:
-    from openblip.data.rows import BadRows
 
 # Positional arguments, under the names that help shows them by.
 Paths = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE ...")]]
 ImagePath = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="IMAGE")]]
 Texts = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")]]
 Question = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="QUESTION")]]
-Query = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="QUERY")]]
 What = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="WHAT")]]
 
 
@@ -125,40 +122,6 @@ def vqa(
     print_answer({"question": question, "answer": said}, json, lambda: str(said))
 
 
-def search(
-    data: str,
-    query: Query,
-    model: str,
-    top: int = 10,
-    rerank: int = 32,
-    how: How = AS_USUAL,
-    json: bool = False,
-) -> None:
-    """Find the pictures that fit a text: by cosine first, the best of them by ITM logit + cosine (BLIP §5.1).
-
-    Args:
-        data: pictures, any layout `openblip info` understands.
-        query: the text.
-        model: a retrieval model (folder or hub name).
-        top: how many to show.
-        rerank: how many of the best by cosine the ITM head looks at; 0: none. CLIP has no such head.
-        json: print a list of {id, score, cosine} as JSON.
-    """
-    from openblip.api import load
-    from openblip.data.rows import BadRows
-    from openblip.search.scan import scan
-
-    bad = BadRows()
-    source = how.open(data, require_captions=False)
-    pipeline = load(model)
-    with progress("looking at every picture", json) as report:
-        found = scan(pipeline, source, query, top=top, rerank=rerank, bad=bad, report=report)
-    print_answer(found, json, lambda: "\n".join(f"{hit['score']:.3f}  {hit['id']}" for hit in found))
-    if rerank and not pipeline.can_match:
-        print("this model has no ITM head: ranked by cosine alone", file=sys.stderr)
-    _say_skipped(bad)
-
-
 def eval(
     task: tyro.conf.Positional[Literal["retrieval", "caption", "vqa"]],
     data: str,
@@ -208,8 +171,8 @@ def eval(
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
     shown = {name: v for name, v in figures.items() if name not in ("captions", "answers", "skipped")}
-    print_answer(figures, json, lambda: _lines(shown))
-    _say_skipped(bad)
+    print_answer(figures, json, lambda: as_lines(shown))
+    say_skipped(bad)
 
 
 def info(what: What = "", how: How = AS_USUAL, json: bool = False) -> None:
@@ -241,7 +204,7 @@ def info(what: What = "", how: How = AS_USUAL, json: bool = False) -> None:
             "config": to_dict(made.model.config),
         }
         found |= {"info": made.info, "weights": str(made.report)}
-    print_answer(found, json, lambda: _lines(found))
+    print_answer(found, json, lambda: as_lines(found))
 
 
 def _is_data(what: str) -> bool:
@@ -255,23 +218,6 @@ def _is_data(what: str) -> bool:
     return place.exists() and not is_model
 
 
-def _say_skipped(bad: "BadRows") -> None:
-    if bad.total:
-        print(f"{bad.total} rows could not be used: {bad.summary()}", file=sys.stderr)
-
-
-def _lines(values: dict[str, Any], indent: str = "") -> str:
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            lines.append(f"{indent}{name}:\n{_lines(value, indent + '  ')}")
-        else:
-            lines.append(
-                f"{indent}{name}: {value:.4f}" if isinstance(value, float) else f"{indent}{name}: {value}"
-            )
-    return "\n".join(lines)
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "train": train,
@@ -282,6 +228,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "vqa": vqa,
     "chat": chat,
     "search": search,
+    "index": index,
     "eval": eval,
     "info": info,
     "convert": convert,

@@ -1,17 +1,20 @@
-"""What several commands share: how data are read, a bar while there is something to wait for, a place for a file."""
+"""What several commands share: how data are read, a bar while there is something to wait for, a place for a file,
+what was found as lines."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from openblip.config import UserError
 
 if TYPE_CHECKING:
+    from openblip.data.rows import BadRows
     from openblip.data.sources import Source
 
 
@@ -42,16 +45,16 @@ How = Annotated[Reading, tyro.conf.arg(name="")]  # its options bear no prefix
 AS_USUAL = Reading()
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, option: str = "--out") -> None:
     """Make the folder of a file that will be written, before the work. Raises UserError: the file cannot be there."""
     if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name a file")
+        raise UserError(f"{option} {path}: is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path}: its folder cannot be made ({error.strerror})") from None
+        raise UserError(f"{option} {path}: its folder cannot be made ({error.strerror})") from None
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--out {path}: must not be written")
+        raise UserError(f"{option} {path}: must not be written")
 
 
 @contextmanager
@@ -81,3 +84,23 @@ def progress(what: str, json: bool = False) -> Iterator[Callable[[int, int], Non
         yield report
     finally:
         bars.stop()
+
+
+def say_skipped(bad: "BadRows", listed: Path | None = None) -> None:
+    """A line on standard error about rows that could not be used, if there are any; `listed` is the file with all."""
+    if bad.total:
+        where = f" ({listed})" if listed is not None else ""
+        print(f"{bad.total} rows could not be used: {bad.summary()}{where}", file=sys.stderr)
+
+
+def as_lines(values: dict[str, Any], indent: str = "") -> str:
+    """Names and values, one a line; what is in a dict further in."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines.append(f"{indent}{name}:\n{as_lines(value, indent + '  ')}")
+        else:
+            lines.append(
+                f"{indent}{name}: {value:.4f}" if isinstance(value, float) else f"{indent}{name}: {value}"
+            )
+    return "\n".join(lines)

@@ -25,7 +25,7 @@ BRICKS = (
 )
 PLUMBING = "train.config train.optim train.checkpoint train.distributed train.shard train.rng train.log train.signals"
 OPEN = "config data models convert hub"
-USE = f"{OPEN} api picture"
+USE = f"{OPEN} api picture html fingerprint"
 
 # The first line that fits a module holds; "models" stands for itself and everything below; "*" for all.
 # fmt: off
@@ -34,6 +34,7 @@ IMPORTS = [
     ("openblip", "api"),                                   # free to import: names looked up on first use
     ("config", ""),                                        # the ground stands on nothing
     ("picture", "config data.image"),                      # draws arrays on images
+    ("html", "config data.image"),                         # the pieces of pages
     ("data.image", "config"),                              # the one door for untrusted bytes
     ("data", "config data"),                               # data knows no model
     ("models.layers", "config"),                           # the lowest brick
@@ -67,6 +68,7 @@ IMPORTS = [
     ("api_talk", f"{OPEN} api_arguments api_blip api_reader"),  # turns, and what stays in the cache
     ("api_chat", f"{OPEN} api_arguments api_blip api_llm api_reader api_talk"),
     ("api", f"{OPEN} api_arguments api_blip api_llm api_chat api_talk"),  # the right one for a model
+    ("fingerprint", f"{OPEN} api"),                        # which model it was
     ("search", f"{USE} search"),                           # an index uses models, it makes none
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
@@ -75,6 +77,7 @@ IMPORTS = [
     ("cli_make", "*"),
     ("cli_chat", "*"),
     ("cli_convert", "*"),
+    ("cli_search", "*"),
     ("cli", "*"),                                          # the roof stands on everything
 ]
 # fmt: on

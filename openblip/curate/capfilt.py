@@ -24,6 +24,7 @@ from openblip.config import UserError, to_dict
 from openblip.data.collate import Rows, picture_key
 from openblip.data.features import FeatureCache
 from openblip.data.rows import Row
+from openblip.fingerprint import vision_hash, weights_hash
 from openblip.models.generation import GenerationConfig
 
 Kind = Literal["web", "synthetic"]
@@ -267,23 +268,3 @@ def seed_of(image_id: str, seed: int) -> int:
     """The number an image's captions are sampled with: a hash of its id and the run's seed, below 2⁶³."""
     digest = hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
-
-
-def weights_hash(pipeline: Pipeline) -> str:
-    """SHA-256 of a model's weights, configuration and image transform, shortened to 16 digits."""
-    return _hash(pipeline.model.state_dict(), repr((pipeline.model.config, pipeline.transform)))
-
-
-def vision_hash(pipeline: Pipeline) -> str:
-    """The same of its vision tower alone."""
-    return _hash(pipeline.model.vision.state_dict(), repr(pipeline.model.config.vision))
-
-
-def _hash(weights: dict[str, Tensor], config: str) -> str:
-    digest = hashlib.sha256(config.encode())
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(
-            weights[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:16]

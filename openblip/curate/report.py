@@ -16,10 +16,10 @@ import pyarrow as pa
 from openblip.config import UserError
 from openblip.curate.dataset import check_job, decide, scores
 from openblip.curate.engine import ShardManifest, publish
-from openblip.curate.html import CardLine, card, cards, histogram_svg, page, section, table, thumbnail
 from openblip.data.rows import BadRow
 from openblip.data.sources import Source
 from openblip.eval.metrics import filter_scores
+from openblip.html import CardLine, card, cards, histogram_svg, page, section, table, thumbnail
 
 EXAMPLES = 12  # of each outcome
 

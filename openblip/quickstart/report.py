@@ -8,7 +8,8 @@ import numpy as np
 from openblip.api import Pipeline
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText
-from openblip.curate.html import (
+from openblip.data.rows import Row
+from openblip.html import (
     CardLine,
     card,
     cards,
@@ -19,7 +20,6 @@ from openblip.curate.html import (
     table,
     thumbnail,
 )
-from openblip.data.rows import Row
 from openblip.quickstart.story import MODELS, Story
 
 QUERIES = ("a red heart", "a dog", "a man riding a bicycle", "a red fruit")

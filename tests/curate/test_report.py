@@ -9,9 +9,9 @@ from PIL import Image
 
 from openblip.config import UserError
 from openblip.curate.engine import run
-from openblip.curate.html import CardLine, card, histogram_svg, page, table, thumbnail
 from openblip.curate.report import even_sample, write_report
 from openblip.data.image import open_image
+from openblip.html import CardLine, card, histogram_svg, page, table, thumbnail
 from tests.curate.made import WRONG, ColourCapFilt, tar_source
 
 VOID = {"meta", "img", "br"}
