@@ -70,7 +70,7 @@ def test_search_with_clip_ranks_by_cosine_and_says_so(root, capsys):
 def test_search_finds_and_says_what_it_could_not_read(root, answer, capsys, tmp_path):
     call = ("search", "a red circle", "--data", root / "data", "--model", root / "filter")
     found = answer(*call, "--top", 3)
-    assert len(found) == 3 and {"id", "score", "cosine", "where"} == set(found[0])
+    assert len(found) == 3 and {"id", "score", "cosine", "where", "row"} == set(found[0])
     assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
     assert len(answer(*call, "--split", "test", "--top", 9)) == 4
     folder = picture_folder(tmp_path / "plain", 3)
@@ -215,7 +215,7 @@ assert not heavy, heavy
 POSITIONAL = {
     "recipe": "RECIPE", "images": "IMAGE ...", "image": "IMAGE", "texts": "TEXT ...", "question": "QUESTION",
     "query": "QUERY", "what": "WHAT", "task": "{retrieval,caption,vqa}", "folder": "FOLDER", "name": "OWNER/NAME",
-    "source": "SOURCE", "target": "OUT",
+    "source": "SOURCE", "target": "OUT", "action": "{build,add,delete,stats}",
 }  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     top, *pages = done.stdout.split("===== \n")[-1].split("===== ")
-    assert len(pages) == len(cli.COMMANDS) == 13
+    assert len(pages) == len(cli.COMMANDS) == 14
     for (name, command), page in zip(cli.COMMANDS.items(), pages, strict=True):
         assert page.startswith(name) and name in top
         parameters = inspect.signature(command).parameters
@@ -231,6 +231,7 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
             if parameter == "how":
                 assert "--image-root" in page and "folder that relative image paths start from" in page
                 continue
-            shown = POSITIONAL.get(parameter, f"--{parameter.replace('_', '-')}")
-            assert shown in page, f"{name}: {parameter} is not in its help"
+            option = f"--{parameter.replace('_', '-')}"
+            shown = POSITIONAL.get(parameter, option) in page or option in page
+            assert shown, f"{name}: {parameter} is not in its help"
             assert what.default is not inspect.Parameter.empty or "(required)" in page

@@ -35,6 +35,7 @@ TABLE = "pictures"
 LAYOUT = 1  # counted up when a column changes its meaning
 EXACT_BELOW = 50_000  # pictures; up to here every vector is compared
 PARTITION = 1000  # vectors in a partition of the ANN index, about
+SAMPLE, ITERATIONS = 64, 25  # of k-means: vectors per partition, and rounds
 PROBES = 40  # partitions looked at
 REFINE = 2  # times as many candidates as wanted are compared by their exact vectors
 INSTALL = "pip install 'openblip[search]'"
@@ -266,11 +267,16 @@ def create_index(path: str | os.PathLike[str], pipeline: Pipeline, model: str | 
     if found is not None:
         found.refuse_other(pipeline)
         return found
+    return new_index(name, made)
+
+
+def new_index(path: str, made: Made) -> Index:
+    """An empty index for vectors that were made so. Raises UserError: none can be made there."""
     try:
-        table = _connect(name).create_table(TABLE, schema=_schema(made))
+        table = _connect(path).create_table(TABLE, schema=_schema(made))
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{name}: no index can be made there: {str(error).splitlines()[0]}") from None
-    return Index(name, table, made)
+        raise UserError(f"{path}: no index can be made there: {str(error).splitlines()[0]}") from None
+    return Index(path, table, made)
 
 
 def vectors_of(column: pa.ChunkedArray, made: Made) -> np.ndarray:
