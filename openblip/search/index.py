@@ -19,8 +19,10 @@ its own, published at once: who is killed while adding leaves the version before
 import contextlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ PARTITION = 1000  # vectors in a partition of the ANN index, about
 SAMPLE, ITERATIONS = 64, 25  # of k-means: vectors per partition, and rounds
 PROBES = 40  # partitions looked at
 REFINE = 2  # times as many candidates as wanted are compared by their exact vectors
+FRESH = timedelta(seconds=5)  # what others added is seen after this at the latest
 INSTALL = "pip install 'openblip[search]'"
 COLUMNS = ("source", "id", "vector", "captions", "split", "extra", "where", "place")  # of a hit
 
@@ -73,6 +76,7 @@ class Index:
 
     def __init__(self, path: str, table: Any, made: Made) -> None:
         self.path, self.table, self.made = path, table, made
+        self._accepted: weakref.ref[Pipeline] | None = None  # hashing a large model takes seconds
 
     def __len__(self) -> int:
         """Pictures in it."""
@@ -80,12 +84,15 @@ class Index:
 
     def refuse_other(self, pipeline: Pipeline) -> None:
         """Raise UserError if its vectors were made by another model than this one, or in another precision."""
-        now = to_dict(Made.by(pipeline, self.made.model))
-        if found := differences(to_dict(self.made), now):
+        if self._accepted is not None and self._accepted() is pipeline:
+            return
+        now = replace(Made.by(pipeline, self.made.model), model=self.made.model)
+        if found := differences(to_dict(self.made), to_dict(now)):
             raise UserError(
                 f"{self.path}: its vectors are of another model ({'; '.join(found)}); take the one it was made with, "
                 f"{self.made.model} in {self.made.dtype}, or build an index of this one elsewhere"
             )
+        self._accepted = weakref.ref(pipeline)
 
     # --- what changes it ------------------------------------------------------------------------------------
 
@@ -195,12 +202,17 @@ class Index:
         query = query.distance_type("cosine")
         if where is not None:
             query = query.where(where)
-        query = query.bypass_vector_index() if exact else query.nprobes(PROBES).refine_factor(REFINE)
+        query = query.bypass_vector_index() if exact else self._probing(query)
         with self._asking(where):
             found = query.select(list(COLUMNS)).limit(count).to_arrow().select(list(COLUMNS))
         vectors = vectors_of(found["vector"], self.made)
         lines = found.drop_columns("vector").to_pylist()
         return [{**line, "vector": vector} for line, vector in zip(lines, vectors, strict=True)]
+
+    @staticmethod
+    def _probing(query: Any) -> Any:
+        """A search of the ANN index: of more partitions only while a filter leaves fewer pictures than wanted."""
+        return query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINE)
 
     def thumbnails(self, lines: Sequence[dict[str, Any]]) -> list[bytes | None]:
         """The thumbnail of each of some hits; None where there is none."""
@@ -262,12 +274,12 @@ def create_index(path: str | os.PathLike[str], pipeline: Pipeline, model: str | 
 
     Raises UserError: the index there is another model's; the model embeds nothing; LanceDB is not installed.
     """
-    made, name = Made.by(pipeline, model), os.fspath(path)
+    name = os.fspath(path)
     found = _find(name)
-    if found is not None:
-        found.refuse_other(pipeline)
-        return found
-    return new_index(name, made)
+    if found is None:  # an empty one is there as well
+        found = new_index(name, Made.by(pipeline, model))
+    found.refuse_other(pipeline)
+    return found
 
 
 def new_index(path: str, made: Made) -> Index:
@@ -317,7 +329,7 @@ def _connect(path: str) -> Any:
             f"an index needs LanceDB, which is not installed; install it with: {INSTALL}"
         ) from None
     try:
-        return lancedb.connect(path)
+        return lancedb.connect(path, read_consistency_interval=FRESH)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: cannot be opened: {str(error).splitlines()[0]}") from None
 

@@ -230,6 +230,19 @@ def test_no_index_and_foreign_tables_are_said(pipeline, tmp_path):
         create_index(tmp_path / "file", pipeline, "tiny")
 
 
+def test_an_empty_index_finds_nothing_and_is_filled_later(pipeline, data, cache, tmp_path):
+    index = create_index(f"file://{tmp_path / 'index'}", pipeline, "tiny")  # by address, as object storage is
+    index.tend()
+    assert (
+        find(index, pipeline, QUERY) == [] and index.thumbnails([]) == [] and index.stats()["pictures"] == 0
+    )
+    again = create_index(f"file://{tmp_path / 'index'}", pipeline, "tiny")
+    assert add(again, pipeline, data, cache_dir=cache).pictures == 30
+    again.tend()
+    index = open_index(f"file://{tmp_path / 'index'}")
+    assert len(index) == 30 and len(find(index, pipeline, QUERY, hybrid=True)) == 10
+
+
 def test_two_cannot_add_at_once(pipeline, filled, data, cache):
     with filled.writing(), pytest.raises(UserError, match="another process is adding"):
         add(open_index(filled.path), pipeline, data, cache_dir=cache)
@@ -347,6 +360,9 @@ def test_the_ann_index_finds_what_the_exact_search_finds_and_what_came_after_it(
 
     assert share(exact=True) == 1.0
     assert share() >= 0.95
+    far = {str(id) for id in np.argsort(queries[0] @ vectors.T)[:3]}
+    few = index.nearest(queries[0], 3, where=" OR ".join(f"id = '{id}'" for id in far))
+    assert {line["id"] for line in few} == far, "a filter that leaves what is far away still finds it"
     index.tend()
     assert index.stats()["indexes"]["vector"]["pictures"] == count and share() >= 0.95
     monkeypatch.setattr(module, "PROBES", 1)
