@@ -91,7 +91,7 @@ def add(
         block: pictures published at once.
         workers: threads that decode.
         bad: counts and lists rows and pictures that cannot be used; by default a tenth of them may be so.
-        report: called with (rows read, rows in all) after each block.
+        report: called with (rows read, rows in all) after each batch.
 
     Raises:
         UserError: another model's index, no such data, too many bad rows, another process is adding to this index.
@@ -105,7 +105,8 @@ def add(
     source = open_source(data, **options, require_captions=False, cache_dir=cache_dir)
     name = name or absolute(os.fspath(data))
     bad = BadRows() if bad is None else bad
-    added, under_way, lines = Added(), set[str](), list[dict[str, Any]]()
+    added, under_way = Added(), set[str]()
+    lines, problems = list[dict[str, Any]](), list[BadRow]()
     pictures = _pictures(source)
 
     def read(_: int) -> _Block | None:
@@ -120,19 +121,21 @@ def add(
         blocks = stack.enter_context(contextlib.closing(prefetch(read, itertools.count(), workers=1)))
         batches = prefetch(decode, _batches(blocks, pipeline.batch_size), workers)
         for batch in stack.enter_context(contextlib.closing(batches)):
-            problems = batch.bad if batch.block is None else [*batch.bad, *batch.block.bad]
-            if batch.block is not None:
-                bad.saw(batch.block.read - added.rows)
-                added.rows, added.known = batch.block.read, added.known + batch.block.known
-            for problem in problems:
-                bad.add(problem.reason, problem.where, problem.detail)
+            problems += batch.bad
             lines += _lines(pipeline, batch, name, options)
-            if batch.block is not None:
+            done = batch.block
+            if done is not None:
+                bad.saw(
+                    done.read - added.rows
+                )  # before the bad ones of its rows, whose share is judged by it
+                for problem in [*done.bad, *problems]:
+                    bad.add(problem.reason, problem.where, problem.detail)
                 added.pictures += index.append(lines) if lines else 0
-                under_way.difference_update([row.id for row in batch.block.rows])
-                lines = []
-                if report is not None:
-                    report(added.rows, len(source))
+                added.rows, added.known = done.read, added.known + done.known
+                under_way.difference_update([row.id for row in done.rows])
+                problems, lines = [], []
+            if report is not None:
+                report(min(added.rows + len(lines), len(source)), len(source))
     added.bad = dict(bad.counts)
     return added
 

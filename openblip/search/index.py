@@ -64,6 +64,10 @@ class Made:
     @classmethod
     def by(cls, pipeline: Pipeline, model: str | Path) -> "Made":
         """The facts of a model that was loaded from `model`. Raises UserError: it embeds nothing."""
+        if pipeline.matcher is None:
+            raise UserError(
+                f"an index wants a model that embeds images and texts; this {type(pipeline.model).__name__} does not"
+            )
         shape = pipeline.embed_images([]).shape  # [0, P] or [0, Q, P]
         dtype = "bf16" if str(pipeline.dtype) == "torch.bfloat16" else "fp32"
         name = os.path.abspath(model) if Path(model).exists() else str(model)  # noqa: PTH100 (symbolic links stay)
@@ -117,7 +121,8 @@ class Index:
         chosen += [f"source = {_text(source)}"] if source is not None else []
         if not chosen:
             raise UserError("delete: say what: ids, a source, or a filter")
-        return self.table.delete(" AND ".join(chosen)).num_deleted_rows
+        with self._asking(where):
+            return self.table.delete(" AND ".join(chosen)).num_deleted_rows
 
     def tend(self) -> None:
         """Bring the full-text and ANN indexes up to date and join small files. What is killed here is done next time.

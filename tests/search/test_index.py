@@ -154,7 +154,11 @@ def test_bad_rows_and_pictures_are_recorded_and_too_many_of_them_end_it(pipeline
     with (folder / "captions.jsonl").open("a") as file:
         file.write('{"captions": ["of nothing"]}\nno json\n{"video": "a.mp4", "captions": ["a film"]}\n')
     index, bad = create_index(tmp_path / "index", pipeline, "tiny"), BadRows(tmp_path / "bad.jsonl")
-    added = add(index, pipeline, folder, cache_dir=cache, bad=bad, block=2)
+    told: list = []
+    added = add(
+        index, pipeline, folder, cache_dir=cache, bad=bad, block=2, report=lambda *now: told.append(now)
+    )
+    assert told[-1] == (9, 9) and told == sorted(told)
     assert (added.pictures, added.rows, sum(added.bad.values())) == (4, 9, 5) and bad.seen == 9
     listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {"not_an_image", "missing", "missing_image", "not_json"} == {one["reason"] for one in listed}
@@ -241,6 +245,14 @@ def test_an_empty_index_finds_nothing_and_is_filled_later(pipeline, data, cache,
     again.tend()
     index = open_index(f"file://{tmp_path / 'index'}")
     assert len(index) == 30 and len(find(index, pipeline, QUERY, hybrid=True)) == 10
+
+
+def test_a_model_that_embeds_nothing_makes_no_index(tmp_path):
+    from tests.tiny_models import save_vqa
+
+    with pytest.raises(UserError, match="wants a model that embeds images and texts; this BlipVqa"):
+        create_index(tmp_path / "index", load(save_vqa(tmp_path / "vqa")), "vqa")
+    assert not (tmp_path / "index").exists()
 
 
 def test_two_cannot_add_at_once(pipeline, filled, data, cache):
