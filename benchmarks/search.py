@@ -34,7 +34,8 @@ from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig
 from openblip.search import index as product
 from openblip.search.fill import add, embed_pixels
-from openblip.search.index import Index, Made, create_index, new_index
+from openblip.search.index import Index, create_index, new_index
+from openblip.search.lines import Made
 
 CENTRES, SPREAD, PERTURBED, WRITTEN = 2000, 0.8, 0.3, 20_000
 VIT_B = VisionConfig(224, 16, 768, 12, 12, 3072)

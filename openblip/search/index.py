@@ -17,11 +17,10 @@ its own, published at once: who is killed while adding leaves the version before
 """
 
 import contextlib
-import json
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,49 +29,19 @@ import numpy as np
 import pyarrow as pa
 
 from openblip.api import Pipeline
-from openblip.config import UserError, differences, from_dict, to_dict
-from openblip.fingerprint import matcher_hash
+from openblip.config import UserError, differences, to_dict
+from openblip.search.lines import Made, as_table, made_of, schema_of, vectors_of
 
 TABLE = "pictures"
-LAYOUT = 1  # counted up when a column changes its meaning
 EXACT_BELOW = 50_000  # pictures; up to here every vector is compared
 PARTITION = 1000  # vectors in a partition of the ANN index, about
+GROWN = 4  # times as many are too many
 SAMPLE, ITERATIONS = 64, 25  # of k-means: vectors per partition, and rounds
 PROBES = 40  # partitions looked at
 REFINE = 2  # times as many candidates as wanted are compared by their exact vectors
 FRESH = timedelta(seconds=5)  # what others added is seen after this at the latest
 INSTALL = "pip install 'openblip[search]'"
 COLUMNS = ("source", "id", "vector", "captions", "split", "extra", "where", "place")  # of a hit
-
-_KEY = b"openblip"  # of our facts in the schema's metadata
-
-
-@dataclass(frozen=True)
-class Made:
-    """By what the vectors were made: `weights` is a hash (`fingerprint.matcher_hash`), `width` is P.
-
-    queries: vectors per picture of BLIP-2, Q; 0 where a picture has a single one. model: where it was loaded from.
-    """
-
-    model: str
-    weights: str
-    dtype: str
-    width: int
-    queries: int
-    layout: int = LAYOUT
-
-    @classmethod
-    def by(cls, pipeline: Pipeline, model: str | Path) -> "Made":
-        """The facts of a model that was loaded from `model`. Raises UserError: it embeds nothing."""
-        if pipeline.matcher is None:
-            raise UserError(
-                f"an index wants a model that embeds images and texts; this {type(pipeline.model).__name__} does not"
-            )
-        shape = pipeline.embed_images([]).shape  # [0, P] or [0, Q, P]
-        dtype = "bf16" if str(pipeline.dtype) == "torch.bfloat16" else "fp32"
-        name = os.path.abspath(model) if Path(model).exists() else str(model)  # noqa: PTH100 (symbolic links stay)
-        queries = shape[1] if len(shape) == 3 else 0
-        return cls(name, matcher_hash(pipeline), dtype, shape[-1], queries)
 
 
 class Index:
@@ -105,7 +74,7 @@ class Index:
         done = (
             self.table.merge_insert(["source", "id"])
             .when_not_matched_insert_all()
-            .execute(_as_table(lines, self.made))
+            .execute(as_table(lines, self.made))
         )
         return done.num_inserted_rows
 
@@ -127,19 +96,29 @@ class Index:
     def tend(self) -> None:
         """Bring the full-text and ANN indexes up to date and join small files. What is killed here is done next time.
 
-        The ANN index is made when there are `EXACT_BELOW` pictures. Of BLIP-2 there is none: a picture is searched by
-        the best of its Q vectors, and all are compared.
+        The ANN index is made when there are `EXACT_BELOW` pictures, and made anew when its partitions have become too
+        few. Of BLIP-2 there is none: a picture is searched by the best of its Q vectors, and all are compared.
         """
         from lancedb.index import FTS, BTree, IvfSq
 
-        count, there = len(self), {column for index in self.table.list_indices() for column in index.columns}
-        if count and "captions" not in there:
+        count, there = len(self), self.table.list_indices()
+        columns = {column for index in there for column in index.columns}
+        if count and "captions" not in columns:
             self.table.create_index("captions", config=FTS())
-        if count >= EXACT_BELOW and "id" not in there:
+        if count >= EXACT_BELOW and "id" not in columns:
             self.table.create_index("id", config=BTree())
-        if count >= EXACT_BELOW and "vector" not in there and not self.made.queries:
-            partitions = max(1, count // PARTITION)
-            self.table.create_index("vector", config=IvfSq(distance_type="cosine", num_partitions=partitions))
+        ann = {
+            index.name: int(index.name.rpartition("_")[2]) for index in there if index.columns == ["vector"]
+        }
+        partitions = max(1, count // PARTITION)
+        has_enough = max(ann.values(), default=0) * GROWN >= partitions
+        if count >= EXACT_BELOW and not has_enough and not self.made.queries:
+            config = IvfSq(
+                distance_type="cosine", num_partitions=partitions, sample_rate=SAMPLE, max_iterations=ITERATIONS
+            )  # fmt: skip
+            self.table.create_index("vector", config=config, name=f"vector_{partitions}")
+            for name in ann:
+                self.table.drop_index(name)
         self.table.optimize()
 
     @contextlib.contextmanager
@@ -290,18 +269,10 @@ def create_index(path: str | os.PathLike[str], pipeline: Pipeline, model: str | 
 def new_index(path: str, made: Made) -> Index:
     """An empty index for vectors that were made so. Raises UserError: none can be made there."""
     try:
-        table = _connect(path).create_table(TABLE, schema=_schema(made))
+        table = _connect(path).create_table(TABLE, schema=schema_of(made))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: no index can be made there: {str(error).splitlines()[0]}") from None
     return Index(path, table, made)
-
-
-def vectors_of(column: pa.ChunkedArray, made: Made) -> np.ndarray:
-    """The column "vector" of n lines as float32 [n, P], or [n, Q, P]."""
-    array = column.combine_chunks()
-    flat = array.flatten().flatten() if made.queries else array.flatten()
-    shape = (len(array), made.queries, made.width) if made.queries else (len(array), made.width)
-    return flat.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def _find(path: str) -> Index | None:
@@ -314,15 +285,7 @@ def _find(path: str) -> Index | None:
         table = database.open_table(TABLE)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: the index cannot be read: {str(error).splitlines()[0]}") from None
-    facts = (table.schema.metadata or {}).get(_KEY)
-    if facts is None:
-        raise UserError(f"{path}: holds a table {TABLE!r} that openblip did not make; name another place")
-    made = from_dict(Made, json.loads(facts), path)
-    if made.layout != LAYOUT:
-        raise UserError(
-            f"{path}: an index of layout {made.layout}, this version reads {LAYOUT}; build it anew"
-        )
-    return Index(path, table, made)
+    return Index(path, table, made_of(table.schema, path))
 
 
 def _connect(path: str) -> Any:
@@ -337,41 +300,6 @@ def _connect(path: str) -> Any:
         return lancedb.connect(path, read_consistency_interval=FRESH)
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: cannot be opened: {str(error).splitlines()[0]}") from None
-
-
-def _schema(made: Made) -> pa.Schema:
-    vector = pa.list_(pa.float32(), made.width)
-    columns = [
-        ("source", pa.string()),
-        ("id", pa.string()),
-        ("vector", pa.list_(vector) if made.queries else vector),
-        ("captions", pa.list_(pa.string())),
-        ("split", pa.string()),
-        ("extra", pa.json_(pa.utf8())),
-        ("where", pa.string()),
-        ("place", pa.string()),
-        ("thumbnail", pa.binary()),
-    ]
-    return pa.schema(columns, metadata={_KEY: json.dumps(to_dict(made)).encode()})
-
-
-def _as_table(lines: Sequence[dict[str, Any]], made: Made) -> pa.Table:
-    schema = _schema(made)
-    columns: dict[str, Any] = {name: [line[name] for line in lines] for name in schema.names}
-    vectors = np.stack(columns["vector"]).astype(np.float32)
-    array = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), made.width)
-    if made.queries:
-        ends = np.arange(0, len(lines) * made.queries + 1, made.queries, dtype=np.int32)
-        array = pa.ListArray.from_arrays(pa.array(ends), array)
-    columns["vector"] = array
-    columns["extra"] = pa.ExtensionArray.from_storage(
-        schema.field("extra").type, pa.array(columns["extra"], pa.utf8())
-    )
-    arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, schema.field(name).type)
-        for name, column in columns.items()
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

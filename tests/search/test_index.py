@@ -19,7 +19,8 @@ from openblip.data.rows import BadRows
 from openblip.search import index as module
 from openblip.search.fill import add
 from openblip.search.find import find
-from openblip.search.index import Made, create_index, new_index, open_index
+from openblip.search.index import create_index, new_index, open_index
+from openblip.search.lines import Made, vectors_of
 from openblip.search.places import Places
 from tests.curate.made import tiny_blip
 from tests.data.made import tar_bytes, write
@@ -57,7 +58,7 @@ def filled(pipeline, data, cache, tmp_path_factory):
 def content(index) -> dict:
     """Every column but the vector by (source, id), and the vectors [n, ...] in the order of these."""
     table = index.table.to_arrow()
-    vectors = module.vectors_of(table["vector"], index.made)
+    vectors = vectors_of(table["vector"], index.made)
     lines = table.select(KEPT).to_pylist()
     order = sorted(range(len(lines)), key=lambda i: (lines[i]["source"], lines[i]["id"]))
     keys = [(lines[i]["source"], lines[i]["id"]) for i in order]
@@ -354,7 +355,7 @@ def test_the_ann_index_finds_what_the_exact_search_finds_and_what_came_after_it(
     index.tend()
     assert index.stats()["search"] == "exact"
     monkeypatch.setattr(module, "EXACT_BELOW", 5000)
-    monkeypatch.setattr(module, "PARTITION", 50)
+    monkeypatch.setattr(module, "PARTITION", 100)
     monkeypatch.setattr(module, "PROBES", 20)
     index.tend()
     stats = open_index(tmp_path / "index").stats()
@@ -377,6 +378,11 @@ def test_the_ann_index_finds_what_the_exact_search_finds_and_what_came_after_it(
     assert {line["id"] for line in few} == far, "a filter that leaves what is far away still finds it"
     index.tend()
     assert index.stats()["indexes"]["vector"]["pictures"] == count and share() >= 0.95
+    (before,) = [one.name for one in index.table.list_indices() if one.columns == ["vector"]]
+    monkeypatch.setattr(module, "PARTITION", 25)  # as if it had grown fourfold and more
+    index.tend()
+    (after,) = [one.name for one in index.table.list_indices() if one.columns == ["vector"]]
+    assert (before, after) == ("vector_50", "vector_240") and share() >= 0.95
     monkeypatch.setattr(module, "PROBES", 1)
     monkeypatch.setattr(module, "REFINE", 1)
     assert share() < 1.0, "the search is approximate, and the measure sees it"
