@@ -216,11 +216,17 @@ def _in_index(
     """(hits, how to get their pictures, the pipeline)."""
     from openblip.search.find import find
     from openblip.search.index import open_index
+    from openblip.search.places import Places
 
-    found = open_index(path)
+    found, places = open_index(path), Places()
     pipeline = _load(found, model)
-    hits = find(found, pipeline, asked, **options)
-    return hits, lambda: found.thumbnails(hits), pipeline
+    hits = find(found, pipeline, asked, places=places, **options)
+
+    def pictures() -> list[Any]:
+        kept = zip(hits, found.thumbnails(hits), strict=True)
+        return [small or places.open_if_there(hit["place"], hit["id"]) for hit, small in kept]
+
+    return hits, pictures, pipeline
 
 
 def _in_data(

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from openblip import cli
+from openblip.data.image import open_image
+from openblip.html import thumbnail
 from tests.tiny_models import drawing, picture_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -52,7 +54,7 @@ def test_an_index_from_build_to_delete(root, answer, mistake, capsys, tmp_path):
 
 def test_search_in_an_index_as_json_table_and_page(root, folder, index, answer, capsys):
     found = answer("search", "a red circle", "--index", index, "--top", 3)
-    keys = {"id", "source", "where", "captions", "split", "extra", "score", "cosine", "judged"}
+    keys = {"id", "source", "where", "captions", "split", "extra", "place", "score", "cosine", "judged"}
     assert len(found) == 3 and set(found[0]) == keys and found[0]["judged"] == "picture"
     data = ("--data", folder / "data", "--model", root / "filter", "--top", 3)
     scanned = answer("search", "a red circle", *data)
@@ -69,6 +71,7 @@ def test_search_in_an_index_as_json_table_and_page(root, folder, index, answer, 
     for one in (page.read_text(), _scanned_page(data, folder, capsys)):
         assert len(re.findall(r'<img src="data:image/jpeg', one)) == 3 and "“a red circle”" in one
         assert all(hit["id"] in one for hit in found)
+    assert open_image(found[0]["place"]["path"]).size == (48, 48)
     few = answer("search", "red", "--index", index, "--where", "split = 'test'", "--hybrid", "--exact")
     assert len(few) == 4 and {hit["split"] for hit in few} == {"test"}
 
@@ -77,6 +80,17 @@ def _scanned_page(data, folder, capsys) -> str:
     cli.main(["search", "a red circle", *map(str, data), "--html", str(folder / "scanned.html")])
     capsys.readouterr()
     return (folder / "scanned.html").read_text()
+
+
+def test_a_page_shows_pictures_where_no_thumbnails_are_kept(root, folder, index, answer, tmp_path):
+    call = ("--data", folder / "data", "--model", root / "filter", "--thumbnail", 0)
+    answer("index", "build", tmp_path / "index", *call)
+    answer("search", "red", "--index", tmp_path / "index", "--top", 2, "--html", tmp_path / "page.html")
+    answer("search", "red", "--index", index, "--top", 2, "--html", tmp_path / "other.html")
+    pages = [(tmp_path / name).read_text() for name in ("page.html", "other.html")]
+    shown = [re.findall(r'src="data:image/jpeg;base64,([^"]+)', page) for page in pages]
+    grey = thumbnail(b"").partition(",")[2]
+    assert len(shown[0]) == 2 and grey not in shown[0] + shown[1]
 
 
 def test_search_with_a_picture(root, folder, index, answer):

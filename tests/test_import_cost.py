@@ -7,7 +7,18 @@ import pytest
 
 import openblip
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL", "pydantic", "huggingface_hub", "tyro", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "PIL",
+    "pydantic",
+    "huggingface_hub",
+    "tyro",
+    "rich",
+    "lancedb",
+)
 
 
 def loaded_after(code: str) -> set[str]:
@@ -31,7 +42,7 @@ def test_the_configuration_loads_no_framework():
 
 def test_the_command_line_loads_nothing_before_a_command_runs():
     loaded = loaded_after("import openblip.cli")
-    assert "tyro" in loaded and loaded.isdisjoint({"torch", "transformers", "datasets", "numpy"})
+    assert "tyro" in loaded and loaded.isdisjoint({"lancedb", "torch", "transformers", "datasets", "numpy"})
 
 
 def test_a_lazy_name_is_the_real_one_and_an_unknown_name_is_an_error():

@@ -1,6 +1,5 @@
 """A query → pictures, in two stages: a short list by cosine (ITC), the best of it reranked by ITM (BLIP §5.1)."""
 
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,8 @@ from PIL import Image
 
 from openblip.api import Pipeline
 from openblip.config import UserError
-from openblip.data.image import BadImage, open_image
+from openblip.data.image import open_image
+from openblip.data.loader import prefetch
 from openblip.search.index import Index
 from openblip.search.places import Places
 
@@ -44,7 +44,8 @@ def find(
         places: where pictures are opened.
 
     Returns:
-        dicts of "id", "source", "where", "captions", "split", "extra", "score", "cosine", and "judged": what the
+        dicts of "id", "source", "where", "captions", "split", "extra", "place" (see `search.places`), "score",
+        "cosine", and "judged": what the
         ITM head saw, "picture" or "thumbnail"; None: nothing.
 
     Raises:
@@ -74,6 +75,7 @@ def find(
         {
             **{name: lines[i][name] for name in ("id", "source", "where", "captions", "split")},
             "extra": json.loads(lines[i]["extra"] or "{}"),
+            "place": json.loads(lines[i]["place"]),
             "score": float(scores[i]),
             "cosine": float(cosine[i]),
             "judged": judged[i],
@@ -117,15 +119,16 @@ def _open(
     index: Index, lines: Sequence[dict[str, Any]], draft_size: int, places: Places
 ) -> tuple[list[Image.Image], list[str | None]]:
     """(the pictures that could be opened, what each line's is: "picture", "thumbnail" or None)."""
+
+    def look(line: dict[str, Any]) -> Image.Image | None:
+        return places.open_if_there(json.loads(line["place"]), line["id"], draft_size)
+
     images: list[Image.Image] = []
     judged: list[str | None] = []
-    for line in lines:
-        try:
-            images.append(places.open(line["place"], line["id"], draft_size))
-            judged.append("picture")
-        except BadImage:
-            (small,) = index.thumbnails([line])
-            judged.append(None if small is None else "thumbnail")
-            if small is not None:
-                images.append(open_image(io.BytesIO(small)))
+    for line, picture in zip(lines, prefetch(look, lines, workers=4), strict=True):
+        what: str | None = "picture"
+        if picture is None and (small := index.thumbnails([line])[0]) is not None:
+            picture, what = open_image(small), "thumbnail"
+        judged.append(what if picture is not None else None)
+        images += [picture] if picture is not None else []
     return images, judged

@@ -35,27 +35,25 @@ def absolute(path: str) -> str:
 
 
 class Places:
-    """Opens pictures again; sources that hold them are opened once. cache_dir: see `open_source`."""
+    """Opens pictures again, in any number of threads; keeps sources open. cache_dir: as for `open_source`."""
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         self.cache_dir = cache_dir
         self._sources: dict[str, Source] = {}
 
-    def open(self, place: str, id: str, draft_size: int | None = None) -> Image.Image:
+    def open(self, place: dict[str, Any], id: str, draft_size: int | None = None) -> Image.Image:
         """The picture `id` at a place, RGB.
 
         Raises BadImage: it is gone, or another one is there; or one of the reasons of `open_image`.
         """
-        found = json.loads(place)
         try:
-            if "path" in found:
-                return open_image(found["path"], draft_size=draft_size)
-            if "url" in found:
-                return open_image(
-                    ByteRange(found["url"], found["start"], found["stop"]), draft_size=draft_size
-                )
-            row = self._source(found)[found["row"]]
-        except (BadRow, UserError, IndexError) as error:
+            if "path" in place:
+                return open_image(place["path"], draft_size=draft_size)
+            if "url" in place:
+                stored = ByteRange(place["url"], place["start"], place["stop"])
+                return open_image(stored, draft_size=draft_size)
+            row = self._source(place)[place["row"]]
+        except (UserError, IndexError, OSError) as error:
             if isinstance(error, BadImage):
                 raise
             raise BadImage("missing", str(error)) from error
@@ -63,10 +61,19 @@ class Places:
             raise BadImage("missing", f"{row.where}: holds picture {row.id} now, not {id}")
         return open_image(row.image, draft_size=draft_size)
 
-    def _source(self, found: dict[str, Any]) -> Source:
-        key = json.dumps([found["data"], found["reading"]])
+    def open_if_there(
+        self, place: dict[str, Any], id: str, draft_size: int | None = None
+    ) -> Image.Image | None:
+        """The same; None of one that cannot be opened."""
+        try:
+            return self.open(place, id, draft_size)
+        except BadImage:
+            return None
+
+    def _source(self, place: dict[str, Any]) -> Source:
+        key = json.dumps([place["data"], place["reading"]])
         if key not in self._sources:
             self._sources[key] = open_source(
-                found["data"], **found["reading"], require_captions=False, cache_dir=self.cache_dir
+                place["data"], **place["reading"], require_captions=False, cache_dir=self.cache_dir
             )
         return self._sources[key]

@@ -14,7 +14,7 @@ import torch
 
 from openblip.api import load
 from openblip.config import UserError
-from openblip.data.image import open_image
+from openblip.data.image import BadImage, open_image
 from openblip.data.rows import BadRows
 from openblip.search import index as module
 from openblip.search.fill import add
@@ -142,10 +142,15 @@ def test_tars_and_parquet_are_opened_again_where_they_are(pipeline, cache, tmp_p
     assert len(found) == 6
     for line in found:
         number = drawn.get(line["id"], next((n for n in range(4) if line["id"].endswith(str(n))), None))
-        opened = places.open(line["place"], line["id"])
+        opened = places.open(json.loads(line["place"]), line["id"])
         assert np.array_equal(np.asarray(opened), np.asarray(pictures[number][1])), line
     hits = find(index, pipeline, QUERY, places=places)
     assert {hit["judged"] for hit in hits} == {"picture"} and len(hits) == 6
+    held = next(hit for hit in hits if hit["id"] == "b")
+    with pytest.raises(BadImage, match="holds picture b now, not d"):
+        places.open(held["place"], "d")
+    (tmp_path / "some.parquet").unlink()
+    assert Places(cache).open_if_there(held["place"], "b") is None
 
 
 def test_bad_rows_and_pictures_are_recorded_and_too_many_of_them_end_it(pipeline, cache, tmp_path):
