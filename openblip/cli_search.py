@@ -22,7 +22,7 @@ Dtype = Literal["fp32", "bf16"]
 def build(
     index: IndexPath,
     model: str,
-    data: tuple[str, ...] = (),
+    data: tuple[str, ...],
     name: str | None = None,
     dtype: Dtype = "fp32",
     thumbnail: int = 200,

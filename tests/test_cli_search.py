@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(root, folder, index, mistake, tmp_path):
     assert "go with --index" in mistake("search", "red", *data, "--where", "split = 'a'", *other)
     assert "wants a --model" in mistake("search", "red", *data)
     assert "go with --data" in mistake("search", "red", "--index", index, "--split", "test")
-    assert "no data given" in mistake("index", "build", tmp_path / "new", *other)
+    assert "no data given" in mistake("index", "build", tmp_path / "new", "--data", *other)
     assert "for one source" in mistake("index", "add", index, "--data", "a", "b", "--name", "x")
     assert "--html" in mistake("search", "red", "--index", index, "--html", tmp_path)
 
