@@ -125,9 +125,7 @@ def add(
             lines += _lines(pipeline, batch, name, options)
             done = batch.block
             if done is not None:
-                bad.saw(
-                    done.read - added.rows
-                )  # before the bad ones of its rows, whose share is judged by it
+                bad.saw(done.read - added.rows)  # first: the share of bad ones is judged by it
                 for problem in [*done.bad, *problems]:
                     bad.add(problem.reason, problem.where, problem.detail)
                 added.pictures += index.append(lines) if lines else 0
@@ -147,7 +145,7 @@ def _pictures(source: Source) -> Iterator[tuple[int, Row | BadRow]]:
         try:
             row = source.light(number)
         except BadRow as error:
-            yield number, error
+            yield number + 1, error
             continue
         if current is not None and row.id == current.id:
             current = replace(current, captions=list(dict.fromkeys([*current.captions, *row.captions])))
