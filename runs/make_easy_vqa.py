@@ -32,8 +32,8 @@ KINDS = (COLOURS, SHAPES, ("yes", "no"))
 
 @dataclass
 class Arguments:
-    """out: where the folders go. captions: pictures with captions, `described` of them to describe. canvases: how many to
-    train with, and a quarter as many to test with. pairs: how many preferences. seed: of all that is drawn."""
+    """out: where the folders go. captions: pictures with captions, of which so many are `described`. canvases: how many
+    to train with, and a quarter as many to test with. pairs: how many preferences. seed: of all that is drawn."""
 
     out: tyro.conf.Positional[Path]
     captions: Path | None = None
