@@ -24,7 +24,7 @@ from openblip.models.blip2 import Blip2
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.models.generation import GenerationConfig, stream
-from openblip.models.localize import localize
+from openblip.models.localize import localize, merge_word_pieces
 from openblip.models.vit import ImageTower
 
 MAX_CAPTION_TOKENS = 35  # the released code's limit when matching and embedding
@@ -42,18 +42,18 @@ class Match:
 
 @dataclass
 class Localization:
-    """Where a text looks: one heat map [h, w] in 0…1 per token, in `maps` [L, h, w]; `mean` is their mean."""
+    """Where a text looks: one heat map [h, w] in 0…1 per word, in `maps` [W, h, w]; `mean` is their mean, so scaled."""
 
-    tokens: list[str]
+    words: list[str]
     maps: np.ndarray
     mean: np.ndarray
     image: PILImage.Image
 
     def picture(self) -> PILImage.Image:
-        """The image with each token's heat map over it, side by side."""
+        """The image with each word's heat map over it, side by side."""
         from openblip.picture import draw_heatmaps
 
-        return draw_heatmaps(self.image, ["mean", *self.tokens], np.stack([self.mean, *self.maps]))
+        return draw_heatmaps(self.image, ["mean", *self.words], np.stack([self.mean, *self.maps]))
 
 
 class Pipeline:
@@ -238,7 +238,10 @@ class Pipeline:
         return self.matcher.similarity(images, texts).numpy()
 
     def localize(self, image: Image, text: str, *, layer: int | None = None) -> Localization:
-        """Where the ITM head looks for each token of the text: Grad-CAM of cross-attention (see `models.localize`)."""
+        """Where the ITM head looks for each word of the text: Grad-CAM of cross-attention (see `models.localize`).
+
+        A word of several word pieces has the mean of their maps. Raises UserError: no word, or no such layer.
+        """
         self._require(isinstance(self.model, Blip) and self.model.config.encoder, "localisation")
         picture = open_image(image)
         tokens = self.tokens([clean_caption(text)])
@@ -254,8 +257,9 @@ class Pipeline:
         maps = localize(self.model, embeds, grid, tokens["input_ids"], tokens["attention_mask"], layer=layer)[
             0, 1:-1
         ]  # without [ENC] and [SEP]
+        pieces = [self.tokenizer.decode([token]) for token in tokens["input_ids"][0, 1:-1].tolist()]
+        words, maps = merge_word_pieces(pieces, maps)
         scale = maps.amax().clamp(min=1e-12)
-        words = [self.tokenizer.decode([token]) for token in tokens["input_ids"][0, 1:-1].tolist()]
         arrays = (maps / scale).float().cpu().numpy()
         mean = arrays.mean(axis=0)
         return Localization(words, arrays, mean / max(mean.max(), 1e-12), picture)

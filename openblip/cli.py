@@ -130,6 +130,7 @@ def eval(
     num_beams: int | None = None,
     prompt: str | None = None,
     dtype: Literal["fp32", "bf16", "int8"] = "fp32",
+    take: int | None = None,
     out: Path | None = None,
     how: How = AS_USUAL,
     json: bool = False,
@@ -144,6 +145,7 @@ def eval(
         num_beams: of beam search; by default the papers': 3, 5 for BLIP-2, 1 for BLIP-3.
         prompt: what captions begin with, or how a language model is asked (see caption and vqa).
         dtype: precision the model runs in.
+        take: measure on so many rows alone, drawn by the seed 42.
         out: a file for the figures, with the model and the data they belong to.
         json: print the figures as JSON; "skipped" counts the rows that could not be used, by reason.
     """
@@ -156,7 +158,7 @@ def eval(
         check_file(out)
     pipeline = load(model, dtype=dtype)
     with progress("looking at every picture", json) as report:
-        rows = benchmarks.usable_rows(task, source, bad, report=report)
+        rows = benchmarks.usable_rows(task, source, bad, take=take, report=report)
     with progress(task, json) as report:
         if task == "retrieval":
             figures = benchmarks.retrieval(pipeline, rows, k=k, report=report)
@@ -167,7 +169,7 @@ def eval(
     figures["skipped"] = dict(bad.counts)
     record = {"task": task, "model": model, "data": data, "split": how.split, "k": k, "num_beams": num_beams}
     record |= {"dtype": dtype}
-    record |= given(prompt=prompt)
+    record |= given(prompt=prompt, take=take)
     if out is not None:
         out.write_text(as_json({**record, "figures": figures}), encoding="utf-8")
     shown = {name: v for name, v in figures.items() if name not in ("captions", "answers", "skipped")}

@@ -1,9 +1,10 @@
-"""easy-VQA as folders to train and evaluate a BLIP-3 on: conversations, single questions, and preferences.
+"""easy-VQA as folders to train and evaluate on: single questions, conversations, and preferences.
 
     python runs/make_easy_vqa.py OUT [--captions FOLDER]
 
+OUT/questions  one question a row, in the splits `train` and `test`: for BLIP.
 OUT/chats   split `train`: every drawing with all that is asked about it, as one conversation; and, with --captions
-            (pictures with captions, split `train`), each of those described. Split `test`: one question a row.
+            (pictures with captions, split `train`), 2,000 of those described. Split `test`: one question a row.
 OUT/canvas  one question a row, in both splits, about canvases three tiles long, on which shapes are small (see
             `data/easy_vqa.py`).
 OUT/pairs   a question each, the right answer chosen, another of its kind rejected, for DPO.
@@ -31,11 +32,12 @@ KINDS = (COLOURS, SHAPES, ("yes", "no"))
 
 @dataclass
 class Arguments:
-    """out: where the folders go. captions: pictures with captions to describe. canvases: how many to train with, and a
-    quarter as many to test with. pairs: how many preferences. seed: of all that is drawn."""
+    """out: where the folders go. captions: pictures with captions, of which so many are `described`. canvases: how many
+    to train with, and a quarter as many to test with. pairs: how many preferences. seed: of all that is drawn."""
 
     out: tyro.conf.Positional[Path]
     captions: Path | None = None
+    described: int = 2000
     canvases: int = 4000
     pairs: int = 1000
     seed: int = 0
@@ -62,9 +64,11 @@ def questions(rows: Sequence[Row], folder: Path) -> Iterator[dict[str, Any]]:
         yield {"image": picture(row, folder), **asked, **kind}
 
 
-def described(source: Path, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Each picture of the split `train`, described by one of its captions."""
-    for row in open_source(str(source), split="train"):
+def described(source: Path, count: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """So many pictures of the split `train`, each described by one of its captions."""
+    rows = open_source(str(source), split="train")
+    for index in rng.permutation(len(rows))[:count].tolist():
+        row = rows[index]
         caption = row.captions[rng.integers(len(row.captions))]
         turns = [{"from": "human", "value": "Describe the image."}, {"from": "gpt", "value": caption}]
         yield {"image": str(Path(str(row.image)).resolve()), "conversations": turns, "split": "train"}
@@ -109,9 +113,10 @@ def main(given: Arguments) -> None:
     """Make the folders."""
     rng = np.random.default_rng(given.seed)
     train, test = (easy_vqa_rows(split) for split in SPLITS)
+    write(given.out / "questions", questions([*train, *test], given.out / "questions"))
     chats = [*conversations(train, rng), *questions(test, given.out / "chats")]
     if given.captions is not None:
-        chats += described(given.captions, rng)
+        chats += described(given.captions, given.described, rng)
     write(given.out / "chats", chats)
     counts = (given.canvases, given.canvases // 4)
     canvases = (

@@ -227,9 +227,12 @@ def test_answers_from_a_list_are_of_the_list(vqa, images):
     assert vqa.answer(images[0], "which?", answers=["only this"]) == "only this"
 
 
-def test_localize_gives_a_map_for_each_token_and_a_picture(blip, images):
+def test_localize_gives_a_map_for_each_word_and_a_picture(blip, images):
+    pieces = blip.tokens(["a red hippogriff"])["input_ids"].shape[1] - 2
+    assert pieces > 3, "one of its words is several word pieces"
+    assert blip.localize(images[0], "a red hippogriff").words == ["a", "red", "hippogriff"]
     found = blip.localize(images[0], "a red circle")
-    assert found.tokens == ["a", "red", "circle"]
+    assert found.words == ["a", "red", "circle"]
     assert found.maps.shape == (3, 2, 2) and found.mean.shape == (2, 2)  # 32 pixels in patches of 16
     assert found.maps.min() >= 0 and found.maps.max() == pytest.approx(1) == found.mean.max()
     other = blip.localize(images[2], "a red circle")

@@ -130,7 +130,7 @@ def test_fine_tuning_as_in_the_paper():
 
 def test_small_recipes_begin_one_with_another():
     first = recipe_named("small_pretrain")
-    for name in ("small_retrieval", "small_caption"):
+    for name in ("small_retrieval", "small_caption", "small_vqa"):
         then = recipe_named(name)
         assert then.model == first.model and then.max_length == first.max_length
         assert then.vision_init is None and then.text_init is None and then.calibrate == 0

@@ -115,13 +115,15 @@ class Pictures:
 class PairDataset(Pictures):
     """A picture and one of its captions, drawn anew at each visit: CLIP, pre-training, retrieval, captioning.
 
-    `clean` is applied to captions; `str` leaves them as they are, for CLIP.
+    `clean` is applied to captions; `str` leaves them as they are, for CLIP. several: so many captions at each visit,
+    all different if there are as many, for those that learn them together (`LmCollator`).
     """
 
     clean: Callable[[str], str] = field(default=clean_caption, kw_only=True)
+    several: int = field(default=1, kw_only=True)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """{"pixel_values" or "image_embeds", "text", "image_id", "id"}.
+        """{"pixel_values" or "image_embeds", "text", "image_id", "id"}, and where several are wanted "texts".
 
         Raises:
             BadRow: the row or its picture cannot be used, or no caption has anything left after cleaning.
@@ -130,8 +132,13 @@ class PairDataset(Pictures):
         captions = [text for caption in row.captions if (text := self.clean(caption))]
         if not captions:
             raise BadRow("missing_caption", row.where, f"no words in its captions: {row.captions!r}")
-        text = captions[rng.integers(len(captions))]
-        return {**self.picture(row, rng), "text": text, "image_id": image_id(row), "id": row.id}
+        if self.several == 1:
+            text = captions[rng.integers(len(captions))]
+            return {**self.picture(row, rng), "text": text, "image_id": image_id(row), "id": row.id}
+        order = rng.permutation(len(captions)).tolist()
+        texts = [captions[order[number % len(order)]] for number in range(self.several)]
+        found = {"text": texts[0], "texts": texts, "image_id": image_id(row), "id": row.id}
+        return {**self.picture(row, rng), **found}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class InstructDataset(Pictures):
 
 @dataclass(frozen=True)
 class LmCollator:
-    """Samples -> the pictures, and input_ids, attention_mask, labels (see `LmTokenizer.training`).
+    """Samples -> the pictures, and input_ids, attention_mask, labels (see `LmTokenizer.training`): a row for each
+    picture, or for each of its "texts", picture by picture.
 
     prompt: for samples that bring none. max_prompt, max_target: in tokens. qformer: the Q-Former's tokenizer, for
     batches that have a text once more in its vocabulary: what `reads` says, the "prompt" as qformer_ids, qformer_mask
@@ -75,11 +76,14 @@ class LmCollator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """One batch."""
         prompts = [sample.get("prompt", self.prompt) for sample in samples]
-        texts = [sample["text"] for sample in samples]
-        batch = {
-            **picture_tensors(samples),
-            **self.tokenizer.training(prompts, texts, max_prompt=self.max_prompt, max_target=self.max_target),
-        }
+        texts = [sample.get("texts", [sample["text"]]) for sample in samples]
+        written = self.tokenizer.training(
+            [prompt for prompt, several in zip(prompts, texts, strict=True) for _ in several],
+            [text for several in texts for text in several],
+            max_prompt=self.max_prompt,
+            max_target=self.max_target,
+        )
+        batch = {**picture_tensors(samples), **written}
         if self.qformer is None:
             return batch
         if self.reads == "prompt":

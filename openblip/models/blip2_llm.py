@@ -147,10 +147,16 @@ class Blip2Llm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(logits [K, V], their labels [K]) where labels [B, L] are not −100, and nowhere else.
 
-        Decoder-only: input_ids and labels [B, L] are prompt and text. Encoder-decoder: input_ids [B, P] are the
-        prompts, labels [B, L] the texts.
+        Decoder-only: input_ids and labels [B, L] are prompt and text; or [B · g, L], g texts behind each soft prompt,
+        which is then run once (`LanguageModel.states_of_several`). Encoder-decoder: input_ids [B, P] are the prompts,
+        labels [B, L] the texts.
         """
         wanted = labels != -100
+        if len(labels) != len(soft_prompt):
+            places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+            lengths = (wanted * places).amax(dim=1)
+            states = self.lm.states_of_several(soft_prompt, input_ids, lengths)
+            return self.lm_logits(states[wanted]), labels[wanted]
         return self.lm_logits(self.lm_states(soft_prompt, input_ids, attention_mask, labels)[wanted]), labels[
             wanted
         ]

@@ -123,9 +123,7 @@ class Decoding:
             if self.lm.takes_positions:
                 positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
                 places["position_ids"] = positions[:, -words.shape[1] :]
-        out = self.lm.model.base_model(
-            inputs_embeds=words, past_key_values=self.cache, use_cache=True, **places
-        )
+        out = self.lm.model.base_model(inputs_embeds=words, cache=self.cache, use_cache=True, **places)
         self.decoded += ids.shape[1]
         return out.last_hidden_state
 
@@ -140,7 +138,7 @@ class Decoding:
             input_ids=ids,
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )
         self.decoded += ids.shape[1]

@@ -36,6 +36,8 @@ RELEASED_BLIP2: dict[str, dict[str, Any]] = {"t5": {"dense_act_fn": "gelu"}}
 # Where the configuration names no token that a decoder starts from, by model_type: a field that does.
 _DECODER_START = {"t5": "pad_token_id", "mt5": "pad_token_id", "bart": "eos_token_id"}
 
+_LENGTHS = 4  # into how many groups of like length the texts of a batch are sorted
+
 
 @dataclass
 class LoraSettings:
@@ -102,6 +104,7 @@ class LanguageModel(nn.Module):
         self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
         decoder = self.model.get_decoder() if self.is_encoder_decoder else self.model.base_model
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self.recomputes = False
         self.added_words: nn.Embedding | None = None
         if config.added_tokens:
             self.added_words = nn.Embedding(config.added_tokens, self.hidden_size).apply(init_weights)
@@ -135,6 +138,7 @@ class LanguageModel(nn.Module):
 
         Raises ConfigError: a family whose layers cannot be run a second time.
         """
+        self.recomputes = enabled
         if self.config.trainable:
             recompute_activations_(self.model, enabled)
             return
@@ -252,6 +256,43 @@ class LanguageModel(nn.Module):
             input_ids=before, encoder_hidden_states=encoded, encoder_attention_mask=seen, use_cache=False
         )
         return out.last_hidden_state
+
+    def states_of_several(self, soft_prompt: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`states` of several texts behind each soft prompt, which is run once for all of them; decoder-only.
+
+        soft_prompt [B, Q, H]; input_ids [R, L], R = B · g, row r behind soft prompt r // g, `lengths` [R] of them real
+        -> states [R, L, D], zeros where a text has ended. Rows of like length run together, so that little of what runs
+        is padding. Raises ConfigError: an encoder-decoder, a soft prompt longer than a sliding window, or a model whose
+        activations are recomputed: its cache would grow each time.
+        """
+        if self.is_encoder_decoder or self.recomputes:
+            raise ConfigError(
+                "several captions of a picture at once: not for an encoder-decoder, nor with grad_checkpointing"
+            )
+        from transformers import DynamicCache
+
+        self.require_room(soft_prompt.shape[1] + input_ids.shape[1])
+        run, settings = self.model.base_model, self.model.config
+        words = self.embed(input_ids)
+        seen = DynamicCache(config=settings)
+        prefix = run(inputs_embeds=soft_prompt.to(words.dtype), cache=seen, use_cache=True).last_hidden_state
+        if any(layer.keys.shape[2] != soft_prompt.shape[1] for layer in seen.layers):
+            raise ConfigError(f"a soft prompt of {soft_prompt.shape[1]} is more than a sliding window holds")
+        first = prefix[:, -1:].repeat_interleave(len(input_ids) // len(soft_prompt), dim=0)
+        states = first.new_zeros(*input_ids.shape, first.shape[-1])
+        states[:, :1] = first
+        for rows in lengths.argsort(stable=True).tensor_split(_LENGTHS):
+            longest = (
+                int(lengths[rows].max()) - 1 if len(rows) else 0
+            )  # what follows the last word is not asked for
+            if longest < 1:
+                continue
+            cache, of = DynamicCache(config=settings), rows // (len(input_ids) // len(soft_prompt))
+            for number, layer in enumerate(seen.layers):
+                cache.update(layer.keys[of], layer.values[of], number)
+            behind = run(inputs_embeds=words[rows, :longest], cache=cache, use_cache=True).last_hidden_state
+            states[rows, 1 : 1 + longest] = behind
+        return states
 
     def logits(self, states: Tensor) -> Tensor:
         """States [..., D] -> logits [..., V], as the model's own forward makes them. Call it where they are needed."""

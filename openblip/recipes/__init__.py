@@ -26,7 +26,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(blip3.blip3_small_pretrain, blip3.blip3_small_sft, blip3.blip3_small_dpo),
         *(blip3.blip3_small_anyres, blip3.blip3_small_fixed, blip3.blip3_small_fixed_sampling),
         blip3.blip3_small_conditioned,
-        *(blip.small_pretrain, blip.small_retrieval, blip.small_caption),
+        *(blip.small_pretrain, blip.small_retrieval, blip.small_caption, blip.small_vqa),
     )
 }
 

@@ -139,3 +139,10 @@ def small_caption() -> Recipe:
     """Captioning fine-tune (CapFilt's captioner) of a model from `small_pretrain`."""
     recipe = small_retrieval()
     return replace(recipe, stage="caption", train=replace(recipe.train, lr=5e-4))
+
+
+def small_vqa() -> Recipe:
+    """VQA fine-tune of a model from `small_pretrain`: questions with short answers (`runs/make_easy_vqa.py`)."""
+    recipe = small_retrieval()
+    train = replace(recipe.train, max_steps=1000, lr=5e-4, warmup_steps=50, log_every=20, save_every=200)
+    return replace(recipe, stage="vqa", train=train)

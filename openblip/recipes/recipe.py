@@ -69,6 +69,8 @@ class Recipe:
         (see `train.start`); 0: not at all, as in the papers, whose towers are trained.
     ramp_epochs: soft targets grow to their full share within so many epochs.
     max_length: tokens of a text; for BLIP-3 of a whole row, vision tokens included.
+    captions: of a picture, learnt together in BLIP-2's stage 2 with a decoder-only model: what it makes of the picture
+        serves them all. The paper has 1.
     bucket: batches of texts of like length, which saves padding.
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
     count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
@@ -98,6 +100,7 @@ class Recipe:
     ramp_epochs: float = 2.0
     max_length: int = 30
     prompt: str = ""
+    captions: int = 1
     bucket: bool = False
     pack: bool = False
     count_end_of_chunk: bool = True

@@ -241,8 +241,15 @@ def _loader(
         # CLIP's captions and a language model's keep their capitals and their punctuation.
         clean = str if recipe.stage in ("clip", "blip2_stage2") else clean_caption
         words = made.lm_tokenizer
+        if recipe.captions != 1 and (
+            recipe.captions < 1 or recipe.stage != "blip2_stage2" or words is None or words.encoder_decoder
+        ):
+            raise UserError(
+                f"captions: {recipe.captions} of a picture are learnt together in BLIP-2's stage 2 alone, "
+                "with a decoder-only language model; elsewhere it is 1"
+            )
         kind = PrefixDataset if words is not None and words.encoder_decoder else PairDataset
-        dataset = kind(rows, transform, features=features, clean=clean)
+        dataset = kind(rows, transform, features=features, clean=clean, several=recipe.captions)
     tokenizer, length = made.tokenizer, recipe.max_length
     match recipe.stage:
         case "caption":

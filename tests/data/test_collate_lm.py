@@ -47,6 +47,20 @@ def test_captions_follow_the_prompt_and_alone_are_labelled():
     assert "qformer_ids" not in batch
 
 
+def test_several_captions_of_a_picture_are_rows_behind_one_picture():
+    pairs = dataset(
+        PairDataset, row(captions=["one", "two", "three", "..."]), row(captions=["cat"]), several=3
+    )
+    orders = [pairs.get(0, rng(seed))["texts"] for seed in range(20)]
+    assert {frozenset(texts) for texts in orders} == {frozenset(["one", "two", "three"])}
+    assert len({tuple(texts) for texts in orders}) == 6, "in any order"
+    words = LmTokenizer(byte_level())
+    batch = LmCollator(words, prompt="a ")([pairs.get(0, rng()), pairs.get(1, rng())])
+    assert batch["image_embeds"].shape == (2, 3, 2)
+    texts = [words.decode(line[line != -100].tolist()).strip() for line in batch["labels"]]
+    assert sorted(texts[:3]) == ["one", "three", "two"] and texts[3:] == ["cat", "cat", "cat"]
+
+
 def test_long_texts_are_cut():
     collate = LmCollator(LmTokenizer(byte_level()), prompt="0123456789", max_prompt=4, max_target=5)
     batch = collate([dataset(PairDataset, row()).get(0, rng())])

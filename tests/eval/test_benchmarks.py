@@ -143,6 +143,24 @@ def test_rows_of_a_source_are_looked_at_and_hold_no_bytes(tmp_path):
         usable_rows("vqa", broken, BadRows())
 
 
+def test_some_rows_alone_are_the_same_ones_every_time(tmp_path):
+    lines = "".join(f'{{"file_name": "{n}.png", "captions": ["text {n}"]}}\n' for n in range(40))
+    for number in range(40):
+        drawing(number).save(tmp_path / f"{number}.png")
+    write(tmp_path / "captions.jsonl", lines.encode())
+    source, bad = open_source(tmp_path, cache_dir=tmp_path / "cache"), BadRows()
+
+    def drawn(take: int) -> list[int]:
+        return [int(row.captions[0].split()[1]) for row in usable_rows("caption", source, bad, take=take)]
+
+    some = drawn(10)
+    assert len(set(some)) == 10 and some == sorted(some) != list(range(10))
+    assert drawn(10) == some and set(some) < set(drawn(20)) and drawn(99) == list(range(40))
+    assert bad.seen == 10 + 10 + 20 + 40
+    with pytest.raises(UserError, match="take is 1 or more, got 0"):
+        usable_rows("caption", source, bad, take=0)
+
+
 def test_it_is_told_how_far_it_is(pipeline, rows):
     told = []
     retrieval(pipeline, rows, k=2, report=lambda *done: told.append(done))

@@ -94,6 +94,48 @@ def test_loss_is_that_of_transformers_over_the_same_labels(lm):
     assert abs(ours.item() - theirs.item()) < 1e-6  # some of theirs are made in float32
 
 
+@pytest.mark.parametrize("lm", ["llama", "opt", "gpt_neox", "gemma2", "phi3"])
+def test_texts_that_share_a_picture_learn_as_each_alone(lm, monkeypatch):
+    """Same losses, same gradients; the soft prompt is run once."""
+    model = tiny(lm)
+    pixels, _ = batch()
+    ids = torch.randint(5, VOCAB - 12, (12, 6))
+    ends = torch.tensor([6, 1, 3, 2, 5, 4, 6, 2, 1, 3, 3, 1])
+    labels = ids.masked_fill(torch.arange(6) >= ends[:, None], -100)
+    labels[3:5, 0] = -100  # a prompt, of which nothing is asked
+
+    def learn(shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        soft = model.soft_prompt(model.encode_image(pixels))
+        soft = soft if shared else soft.repeat_interleave(4, dim=0)
+        logits, wanted = model.labelled_logits(soft, ids, None, labels)
+        assert torch.equal(wanted, labels[labels != -100])
+        F.cross_entropy(logits, wanted).backward()
+        return logits.detach(), model.blip2.qformer.query_tokens.grad.clone()
+
+    seen = []
+    run = model.lm.model.base_model.forward
+    alone = learn(shared=False)
+    monkeypatch.setattr(
+        model.lm.model.base_model,
+        "forward",
+        lambda *args, **given: seen.append(given["inputs_embeds"].shape[:2].numel()) or run(*args, **given),
+    )
+    together = learn(shared=True)
+    tolerance = 1e-12 if lm in ("opt", "gpt_neox") else 1e-5  # RMSNorm computes in float32
+    for found, wanted in zip(together, alone):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    assert alone[1].abs().max() > 1e-2
+    assert seen == [3 * 3, 3 * 2, 3 * 3, 3 * 5], "texts in four groups by length, of which one needs no pass"
+
+
+def test_texts_cannot_share_a_picture_everywhere():
+    labels = torch.randint(5, 20, (6, 4))
+    model = tiny("t5")
+    with pytest.raises(ConfigError, match="not for an encoder-decoder"):
+        model.labelled_logits(torch.zeros(3, 3, model.lm.hidden_size).double(), labels, None, labels)
+
+
 @pytest.mark.parametrize("lm", ["llama", "t5"])
 def test_a_caption_depends_on_its_image_and_prompt_and_not_on_its_batch(lm):
     model = tiny(lm)

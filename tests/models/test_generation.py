@@ -142,9 +142,7 @@ def peer_step(model: transformers.PreTrainedModel, mask: Tensor) -> Step:
                 mask = mask[parents]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         return out.logits[:, -1]
 
     return step

@@ -128,6 +128,16 @@ def test_stage2_stands_on_stage1_and_names_its_language_model(keeps, stage1, lan
     assert again.fit.step == 2, "and stage 2 may go on from stage 2"
 
 
+def test_stage2_learns_all_captions_of_a_picture_together(stage1, language, rows, tmp_path):
+    chosen = replace(stage2(language, stage1), captions=3)
+    batch = next(_loader(chosen, prepare(chosen, rows), rows, None, BadRows()).batches())
+    size = chosen.train.batch_size
+    assert len(batch["pixel_values"]) == size and len(batch["labels"]) == 3 * size
+    assert run_stage(chosen, rows, tmp_path).fit.losses.keys() == {"lm"}
+    with pytest.raises(UserError, match=r"captions: 2 of a picture .* stage 2 alone"):
+        run_stage(replace(recipe("blip2_stage1"), captions=2), rows, tmp_path / "first")
+
+
 def test_stage2_without_stage1_begins_as_stage1_does(language, rows, monkeypatch):
     monkeypatch.setattr(
         "openblip.train.ingredients.load_tower_", lambda vision, source: (LoadReport(source), None)
