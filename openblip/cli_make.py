@@ -5,14 +5,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from openblip.cli_shared import AS_USUAL, How, progress
+from openblip.cli_shared import AS_USUAL, HERE, How, Where, job_progress, progress
 
 if TYPE_CHECKING:
     from openblip.recipes import Recipe
+
+ASIDE = 3  # exit code of a job that is done but for some shards
 
 # Positional arguments, under the names that help shows them by.
 RecipeName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
@@ -125,7 +127,7 @@ def train(
 def capfilt(
     data: str,
     out: Path,
-    captioner: str,
+    captioner: tuple[str, ...],
     filter: str,
     captions: int = 1,
     prompt: str | None = None,
@@ -137,19 +139,30 @@ def capfilt(
     captionless: bool = False,
     seed: int = 0,
     batch_size: int = 32,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    decoders: int = 1,
+    max_bad_share: float = 0.1,
+    where: Where = HERE,
+    dry_run: bool = False,
+    price: float | None = None,
+    retry: bool = False,
+    anew: bool = False,
+    write: tuple[Literal["parquet", "webdataset", "uids"], ...] = ("parquet", "webdataset"),
     how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
     """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
 
-    `openblip bootstrap` makes captioner and filter itself, and the better model, in one round or several.
+    `openblip bootstrap` makes captioner and filter itself, and the better model, in one round or several. Interrupted,
+    the same call goes on; for what is finished no model is asked again. Exit code 3: done, but for shards that had to be
+    put aside.
 
     Args:
-        data: web pairs, any layout `openblip info` understands.
-        out: job folder: scores, report.html, and the cleaned data as parquet and webdataset tars.
-        captioner: a captioning model (folder or hub name).
+        data: web pairs, any layout `openblip info` understands; of tars or parquet files, each is a shard.
+        out: job folder: scores, progress.html, report.html, and the cleaned data as parquet and webdataset tars.
+        captioner: a captioning model (folder or hub name), or several: each writes its captions.
         filter: a retrieval model.
-        captions: written per picture.
+        captions: written per picture, by each captioner.
         prompt: begin of every written caption; the captioner's own if not given.
         top_p: of nucleus sampling.
         threshold: keep texts with at least this P(match); may be changed later without judging again.
@@ -160,38 +173,73 @@ def capfilt(
         captionless: take pictures without captions too; they get written ones only.
         seed: with a picture's id, decides what is sampled.
         batch_size: pictures at a time.
+        dtype: precision the models run in.
+        decoders: threads that read and decode while the models work, for each worker.
+        max_bad_share: a shard with a larger share of unusable rows is put aside.
+        dry_run: work on 200 pictures, publish nothing, and say what all of them would take.
+        price: of a worker for an hour, for a dry run to say the cost.
+        retry: try shards again that were put aside.
+        anew: do shards again that were done with other models or settings; otherwise such a folder is refused.
+        write: what becomes of the kept texts; uids: of pairs whose web text is kept, as DataComp exchanges them.
         how: of `data`; `human` and `calibrate` are read as usual.
         json: print the counts as JSON.
     """
     from dataclasses import replace
 
-    from openblip.api import load
     from openblip.curate import dataset, engine
-    from openblip.curate.capfilt import CapFilt, CapFiltConfig, fit_scale_on, nucleus
+    from openblip.curate.capfilt import CapFiltConfig, nucleus
     from openblip.curate.human import HumanRows
+    from openblip.curate.job import job_folder
+    from openblip.curate.loading import NamedCapFilt
     from openblip.curate.report import write_report
 
-    source = how.open(data, require_captions=not captionless)
-    out.mkdir(parents=True, exist_ok=True)
-    with progress("looking at the human pairs", json) as report:
-        extra = HumanRows(AS_USUAL.open(human), out / "bad_human_rows.jsonl", report) if human else None
+    on_ray = where.ray()
+    source = how.open_shards(data, require_captions=not captionless)
+    folder = job_folder(out)
     generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
-    config, judge = CapFiltConfig(generation, prompt, seed), load(filter)
+    config = CapFiltConfig(generation, prompt, seed)
+    worker = NamedCapFilt(
+        [_absolute(name) for name in captioner], _absolute(filter), config, folder.resolve(), dtype
+    )
     if calibrate is not None:
-        held_out = HumanRows(AS_USUAL.open(calibrate), out / "bad_calibration_rows.jsonl")
+        held_out = HumanRows(AS_USUAL.open(calibrate), folder / "bad_calibration_rows.jsonl")
         with progress("fitting the filter's scale", json) as report:
-            config.scale = fit_scale_on(judge, held_out, report=report)
-    worker = CapFilt(load(captioner), judge, config)
-    with progress("writing and judging captions", json) as report:
-        result = engine.run(worker, source, out, batch_size=batch_size, progress=report)
+            worker.calibrate(held_out, report)
+    if dry_run:
+        from openblip.curate.estimate import estimate
+
+        found = estimate(worker, source, batch_size=batch_size, decoders=decoders, price=price)
+        print_answer(vars(found), json, found.text)
+        return
+    with progress("looking at the human pairs", json) as report:
+        extra = HumanRows(AS_USUAL.open(human), folder / "bad_human_rows.jsonl", report) if human else None
+    with job_progress(json) as tell:
+        result = engine.run(
+            worker, source, folder, batch_size=batch_size, max_bad_share=max_bad_share, decoders=decoders,
+            threshold=threshold, ray=on_ray, anew=anew, retry=retry, progress=tell,
+        )  # fmt: skip
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
         rule = {"rule": "top_k", "k": top_k}
     # Over what this command wrote before, perhaps at another threshold.
-    dataset.write_parquet(out, source, out / "parquet", human=extra, over=True, **rule)
-    dataset.write_webdataset(out, source, out / "webdataset", human=extra, over=True, **rule)
-    write_report(out, source, out / "report.html", threshold=threshold)
-    print_answer(vars(result), json, lambda: f"report: {out / 'report.html'}")
+    if "parquet" in write:
+        dataset.write_parquet(folder, source, folder / "parquet", human=extra, over=True, **rule)
+    if "webdataset" in write:
+        dataset.write_webdataset(folder, source, folder / "webdataset", human=extra, over=True, **rule)
+    if "uids" in write:
+        from openblip.curate.uids import write_uids
+
+        write_uids(folder, source, folder / "uids.npy", **rule)
+    write_report(folder, source, folder / "report.html", threshold=threshold)
+    print_answer(vars(result), json, lambda: f"report: {folder / 'report.html'}")
+    if result.aside:
+        name, reason = next(iter(result.aside.items()))
+        print(
+            f"openblip: {len(result.aside)} of {result.shards} shards were put aside ({name}: {reason}); "
+            f"{folder}/quarantine-*.json say why, --retry tries them again",
+            file=sys.stderr,
+        )
+        raise SystemExit(ASIDE)
 
 
 def bootstrap(
@@ -208,6 +256,7 @@ def bootstrap(
     held_out: int = 0,
     seed: int = 0,
     batch_size: int = 32,
+    where: Where = HERE,
     how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
@@ -245,7 +294,8 @@ def bootstrap(
     config = RoundsConfig(*recipes, worker, threshold, held_out)
     found = run_rounds(
         how.open(data), AS_USUAL.open(human), out, config,
-        rounds=rounds, model=model, batch_size=batch_size, say=lambda line: print(line, file=sys.stderr, flush=True),
+        rounds=rounds, model=model, batch_size=batch_size, ray=where.ray(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print_answer(found, json, lambda: f"model: {found[-1]['model']}")
 
@@ -263,6 +313,11 @@ def push(folder: ModelFolder, name: RepoName, private: bool = False, json: bool 
 
     url = push_to_hub(folder, name, private=private)
     print_answer({"url": url}, json, lambda: url)
+
+
+def _absolute(model: str) -> str:
+    """The path of a local model from wherever it is asked for; a name on the hub stays."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _name_of(data: str) -> str:

@@ -7,7 +7,18 @@ import pytest
 
 import openblip
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "PIL", "pydantic", "huggingface_hub", "tyro", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "PIL",
+    "pydantic",
+    "huggingface_hub",
+    "tyro",
+    "rich",
+    "ray",
+)
 
 
 def loaded_after(code: str) -> set[str]:
@@ -41,3 +52,8 @@ def test_a_lazy_name_is_the_real_one_and_an_unknown_name_is_an_error():
     assert set(openblip.__all__) <= set(dir(openblip))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = openblip.lode
+
+
+def test_the_engines_load_without_ray():
+    loaded = loaded_after("import openblip.curate.engine")
+    assert "torch" in loaded and loaded.isdisjoint({"ray", "imagehash", "scipy"})

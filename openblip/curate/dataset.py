@@ -8,6 +8,7 @@ source, byte by byte; each of its captions says where it came from and what the 
 picture without a kept caption is left out.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -24,9 +25,10 @@ import pyarrow.parquet as pq
 
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
-from openblip.curate.engine import SCHEMA, ShardManifest, manifests, publish, scores_path
+from openblip.curate.job import SCHEMA, ShardManifest, manifests, publish, quarantined, scores_path
+from openblip.data.row_range import Rows
 from openblip.data.rows import Row
-from openblip.data.sources import Source
+from openblip.data.shards import InShards
 
 Rule = Literal["itm", "top_k"]
 
@@ -86,12 +88,12 @@ class _Sample:
 
 
 def scores(job: str | Path) -> pa.Table:
-    """All scored texts of a job, finished or not, in the order of the shards' names: `engine.SCHEMA`.
+    """All scored texts of a job, finished or not, in the order of the shards' names: `job.SCHEMA`.
 
     Raises:
         UserError: there is no finished shard in the folder, or a file of scores is lost or unreadable.
     """
-    return pa.concat_tables([_shard_scores(job, manifest) for manifest in _finished(job)])
+    return pa.concat_tables([shard_scores(job, manifest) for manifest in _finished(job)])
 
 
 def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int = 2) -> pa.Table:
@@ -117,7 +119,7 @@ def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int =
 
 def write_parquet(
     job: str | Path,
-    source: Source,
+    source: InShards,
     out: str | Path,
     *,
     rule: Rule = "itm",
@@ -161,7 +163,7 @@ def write_parquet(
 
 def write_webdataset(
     job: str | Path,
-    source: Source,
+    source: InShards,
     out: str | Path,
     *,
     rule: Rule = "itm",
@@ -187,22 +189,26 @@ def write_webdataset(
     return _write(job, source, Path(out), write, rule, threshold, k, human, over)
 
 
-def check_job(job: str | Path, source: Source) -> list[ShardManifest]:
-    """The manifests of a job, in the order of the source's shards.
+def check_job(job: str | Path, source: InShards) -> list[ShardManifest]:
+    """The manifests of a job, in the order of the source's shards; those in quarantine have none.
 
     Raises:
         UserError: it is the job of another source, or not finished.
     """
     done = {manifest.shard: manifest for manifest in _finished(job)}
-    if any(manifest.fingerprint["source"] != source.fingerprint for manifest in done.values()):
+    names = [shard.name for shard in source.shards()]
+    made_of = {name: manifest.fingerprint["source"] for name, manifest in done.items()}
+    if not made_of.keys() <= set(names) or any(made_of[name] != source.identity(name) for name in made_of):
         raise UserError(f"{job}: this job was not made of {source.path} as it is now; open the same source")
-    missing = [shard.name for shard in source.shards() if shard.name not in done]
-    if missing:
-        raise UserError(
-            f"{job}: {len(missing)} of {len(source.shards())} shards are not done (the first: {missing[0]}); "
-            "run the job again, it goes on"
-        )
-    return [done[shard.name] for shard in source.shards()]
+    models = [{**manifest.fingerprint, "source": ""} for manifest in done.values()]
+    aside = {one.shard for one in quarantined(job)}
+    missing = [name for name in names if name not in done and name not in aside]
+    if missing or any(one != models[0] for one in models):
+        what = f"{len(missing)} of {len(names)} shards are not done (the first: {missing[0]})" if missing else (
+            "some shards were done with other models or settings than others"
+        )  # fmt: skip
+        raise UserError(f"{job}: {what}; run the job again, it goes on")
+    return [done[name] for name in names if name in done]
 
 
 def picture_bytes(row: Row) -> bytes:
@@ -226,22 +232,24 @@ def _finished(job: str | Path) -> list[ShardManifest]:
     return found
 
 
-def _shard_scores(job: str | Path, manifest: ShardManifest) -> pa.Table:
+def shard_scores(job: str | Path, manifest: ShardManifest) -> pa.Table:
+    """The scored texts of one shard: `job.SCHEMA`.
+
+    Raises UserError: the file is lost, or not the one that its manifest speaks of.
+    """
     path = scores_path(job, manifest.shard)
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()), schema=SCHEMA)
-    except (OSError, pa.ArrowException) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(f"{path}: scores cannot be read ({error}); run the job again") from None
-    if len(table) != manifest.texts:
-        raise UserError(
-            f"{path}: has {len(table)} texts, its manifest says {manifest.texts}; run the job again"
-        )
-    return table
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise UserError(f"{path}: is damaged, its manifest has another hash; delete it and run the job again")
+    return pq.read_table(pa.BufferReader(content), schema=SCHEMA)
 
 
 def _write(
     job: str | Path,
-    source: Source,
+    source: InShards,
     out: Path,
     write: Callable[[Path, list[_Sample]], None],
     rule: Rule,
@@ -269,9 +277,9 @@ def _write(
         counts.update(entry["kind"] for sample in samples for entry in sample.provenance)
 
     for manifest in done:
-        table = decide(_shard_scores(job, manifest), rule, threshold, k)
+        table = decide(shard_scores(job, manifest), rule, threshold, k)
         seen += manifest.images
-        if samples := list(_web_samples(table, source)):
+        if samples := list(_web_samples(table, source.part(manifest.shard))):
             write_file(samples)
     left_out = seen - images
     if not images:
@@ -299,7 +307,7 @@ def _is_ours(folder: Path) -> bool:
     return card.is_file() and card.read_text(encoding="utf-8").startswith(_TITLE)
 
 
-def _web_samples(table: pa.Table, source: Source) -> Iterator[_Sample]:
+def _web_samples(table: pa.Table, rows: Rows) -> Iterator[_Sample]:
     """The pictures of a shard that have a kept caption; the web's captions come first."""
     kept: dict[str, list[dict[str, Any]]] = {}
     for line in table.filter(table.column("kept")).to_pylist():
@@ -307,7 +315,7 @@ def _web_samples(table: pa.Table, source: Source) -> Iterator[_Sample]:
     for lines in kept.values():
         different = {line["text"]: line for line in reversed(lines)}  # of equal texts the first
         lines = [line for line in lines if different[line["text"]] is line]
-        row = source[lines[0]["row"]]
+        row = rows[lines[0]["row"]]
         provenance = [{name.name: line[name.name] for name in _CAPTION} for line in lines]
         yield _Sample(row.id, picture_bytes(row), [line["text"] for line in lines], provenance, row.split)
 
