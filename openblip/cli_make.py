@@ -154,8 +154,8 @@ def capfilt(
     """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
 
     `openblip bootstrap` makes captioner and filter itself, and the better model, in one round or several. Interrupted,
-    the same call goes on; for what is finished no model is asked again. Exit code 3: done, but for shards that had to be
-    put aside.
+    the same call goes on; for what is finished no model is asked again. Exit code 3: done, but for shards that had
+    to be put aside.
 
     Args:
         data: web pairs, any layout `openblip info` understands; of tars or parquet files, each is a shard.

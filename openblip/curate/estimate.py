@@ -25,7 +25,7 @@ class Estimate:
     """What all of a source would take, if it is like the samples.
 
     images: that can be used; of shards nobody has opened by their sizes. ms: per image, of each phase, without
-    the first batch. hours: of one worker, decoding beside its model. cost: hours × price. score_bytes: of all published scores.
+    the first batch. hours: of one worker, decoding beside its model. cost: hours × price. score_bytes: of all scores.
     noise_share: web texts below P(match) 0.5.
     """
 
