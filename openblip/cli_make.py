@@ -12,6 +12,9 @@ import tyro
 from openblip.cli_shared import AS_USUAL, HERE, How, Where, job_progress, progress
 
 if TYPE_CHECKING:
+    from openblip.curate.human import HumanRows
+    from openblip.data.shards import ShardFiles
+    from openblip.data.sources import Source
     from openblip.recipes import Recipe
 
 ASIDE = 3  # exit code of a job that is done but for some shards
@@ -186,12 +189,11 @@ def capfilt(
     """
     from dataclasses import replace
 
-    from openblip.curate import dataset, engine
+    from openblip.curate import engine
     from openblip.curate.capfilt import CapFiltConfig, nucleus
     from openblip.curate.human import HumanRows
     from openblip.curate.job import job_folder
     from openblip.curate.loading import NamedCapFilt
-    from openblip.curate.report import write_report
 
     on_ray = where.ray()
     source = how.open_shards(data, require_captions=not captionless)
@@ -221,16 +223,8 @@ def capfilt(
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
         rule = {"rule": "top_k", "k": top_k}
-    # Over what this command wrote before, perhaps at another threshold.
-    if "parquet" in write:
-        dataset.write_parquet(folder, source, folder / "parquet", human=extra, over=True, **rule)
-    if "webdataset" in write:
-        dataset.write_webdataset(folder, source, folder / "webdataset", human=extra, over=True, **rule)
-    if "uids" in write:
-        from openblip.curate.uids import write_uids
-
-        write_uids(folder, source, folder / "uids.npy", **rule)
-    write_report(folder, source, folder / "report.html", threshold=threshold)
+    made_of = [result.sha256, result.bad, rule, threshold, sorted(write), extra and extra.fingerprint]
+    _write_kept(folder, source, made_of, rule, threshold, write, extra)
     print_answer(vars(result), json, lambda: f"report: {folder / 'report.html'}")
     if result.aside:
         name, reason = next(iter(result.aside.items()))
@@ -240,6 +234,37 @@ def capfilt(
             file=sys.stderr,
         )
         raise SystemExit(ASIDE)
+
+
+def _write_kept(
+    folder: Path,
+    source: "Source | ShardFiles",
+    made_of: list[Any],
+    rule: dict[str, Any],
+    threshold: float,
+    write: tuple[str, ...],
+    extra: "HumanRows | None",
+) -> None:
+    """Datasets and report, over what this command wrote before, unless that was made of the same."""
+    from openblip.curate import dataset
+    from openblip.curate.job import publish
+    from openblip.curate.report import write_report
+    from openblip.curate.uids import write_uids
+
+    places = {"parquet": "parquet", "webdataset": "webdataset", "uids": "uids.npy"}
+    there = all((folder / places[kind]).exists() for kind in write) and (folder / "report.html").exists()
+    stamp, now = folder / "written.json", as_json(made_of)
+    if there and stamp.is_file() and stamp.read_text(encoding="utf-8") == now:
+        return
+    stamp.unlink(missing_ok=True)
+    if "parquet" in write:
+        dataset.write_parquet(folder, source, folder / "parquet", human=extra, over=True, **rule)
+    if "webdataset" in write:
+        dataset.write_webdataset(folder, source, folder / "webdataset", human=extra, over=True, **rule)
+    if "uids" in write:
+        write_uids(folder, source, folder / "uids.npy", **rule)
+    write_report(folder, source, folder / "report.html", threshold=threshold)
+    publish(stamp, now.encode())
 
 
 def bootstrap(

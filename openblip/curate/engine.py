@@ -5,6 +5,7 @@ or, by `engine_ray`, in actors on many machines: the same function, the same fil
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -48,7 +49,7 @@ class JobResult:
     """A finished job. `found_done` of its `shards` had been finished before; `bad` counts rows by reason.
 
     aside: shards in quarantine, and why; seconds: of each phase (`shard.PHASES`), of this run; images_per_second: of
-    this run.
+    this run; sha256: of all scores together.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class JobResult:
     aside: dict[str, str]
     seconds: dict[str, float]
     images_per_second: float
+    sha256: str
 
 
 def run(
@@ -157,6 +159,9 @@ def run(
         aside={name: aside[name].reason for name in sorted(aside)},
         seconds=state.seconds,
         images_per_second=state.images_per_second if waiting else 0.0,
+        sha256=hashlib.sha256(
+            "".join(done[name].sha256 for name in names if name in done).encode()
+        ).hexdigest(),
     )
     if not done and aside:
         name, reason = next(iter(result.aside.items()))

@@ -10,6 +10,7 @@ Nothing here imports ray before a job runs on it: it comes with `pip install "op
 import json
 import logging
 import os
+import platform
 import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -167,9 +168,9 @@ class _Worker:
 def _attempts(claim: Path) -> int:
     """How often this shard has been begun in this run, this time included. A file counts: processes may be gone."""
     try:
-        with claim.open("ab") as file:
-            file.write(b".")
-        return claim.stat().st_size
+        with claim.open("a", encoding="ascii") as file:
+            file.write(f"{platform.node()} {os.getpid()}\n")
+        return len(claim.read_text(encoding="ascii").splitlines())
     except OSError as error:
         raise PublishError(f"{claim.parent}: cannot be written ({error.strerror or error})") from error
 
