@@ -231,6 +231,9 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
             if parameter == "how":
                 assert "--image-root" in page and "folder that relative image paths start from" in page
                 continue
+            if parameter == "where":
+                assert "--cpus-per-actor" in page and "this process, or Ray" in page
+                continue
             shown = POSITIONAL.get(parameter, f"--{parameter.replace('_', '-')}")
             assert shown in page, f"{name}: {parameter} is not in its help"
             assert what.default is not inspect.Parameter.empty or "(required)" in page
