@@ -13,8 +13,7 @@ from openblip.cli_shared import AS_USUAL, HERE, How, Where, job_progress, progre
 
 if TYPE_CHECKING:
     from openblip.curate.human import HumanRows
-    from openblip.data.shards import ShardFiles
-    from openblip.data.sources import Source
+    from openblip.data.shards import InShards
     from openblip.recipes import Recipe
 
 ASIDE = 3  # exit code of a job that is done but for some shards
@@ -144,6 +143,10 @@ def capfilt(
     batch_size: int = 32,
     dtype: Literal["fp32", "bf16"] = "fp32",
     decoders: int = 1,
+    dedup: int | None = None,
+    min_words: int = 0,
+    max_words: int | None = None,
+    script: tuple[str, ...] = (),
     max_bad_share: float = 0.1,
     where: Where = HERE,
     dry_run: bool = False,
@@ -178,6 +181,10 @@ def capfilt(
         batch_size: pictures at a time.
         dtype: precision the models run in.
         decoders: threads that read and decode while the models work, for each worker.
+        dedup: leave out pictures that look like an earlier one, by at most so many bits (0 to 8) of a perceptual hash.
+        min_words: of a kept text; like the threshold, this and the next two may be changed later.
+        max_words: of a kept text.
+        script: of at least 90% of its letters: latin, cyrillic, arabic, cjk, ...
         max_bad_share: a shard with a larger share of unusable rows is put aside.
         dry_run: work on 200 pictures, publish nothing, and say what all of them would take.
         price: of a worker for an hour, for a dry run to say the cost.
@@ -194,9 +201,10 @@ def capfilt(
     from openblip.curate.human import HumanRows
     from openblip.curate.job import job_folder
     from openblip.curate.loading import NamedCapFilt
+    from openblip.curate.texts import TextRules
 
     on_ray = where.ray()
-    source = how.open_shards(data, require_captions=not captionless)
+    source: InShards = how.open_shards(data, require_captions=not captionless)
     folder = job_folder(out)
     generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
     config = CapFiltConfig(generation, prompt, seed)
@@ -213,6 +221,12 @@ def capfilt(
         found = estimate(worker, source, batch_size=batch_size, decoders=decoders, price=price)
         print_answer(vars(found), json, found.text)
         return
+    if dedup is not None:
+        from openblip.curate.dedup import deduplicate
+
+        with progress("hashing pictures", json) as report:
+            source, again = deduplicate(source, folder, dedup, workers=decoders, report=report)
+        print(f"{again:,} pictures look like an earlier one", file=sys.stderr)
     with progress("looking at the human pairs", json) as report:
         extra = HumanRows(AS_USUAL.open(human), folder / "bad_human_rows.jsonl", report) if human else None
     with job_progress(json) as tell:
@@ -223,7 +237,9 @@ def capfilt(
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
         rule = {"rule": "top_k", "k": top_k}
-    made_of = [result.sha256, result.bad, rule, threshold, sorted(write), extra and extra.fingerprint]
+    rules = TextRules(min_words, max_words, script)
+    rule["texts"] = None if rules == TextRules() else rules
+    made_of = [result.sha256, result.bad, str(rule), threshold, sorted(write), extra and extra.fingerprint]
     _write_kept(folder, source, made_of, rule, threshold, write, extra)
     print_answer(vars(result), json, lambda: f"report: {folder / 'report.html'}")
     if result.aside:
@@ -238,7 +254,7 @@ def capfilt(
 
 def _write_kept(
     folder: Path,
-    source: "Source | ShardFiles",
+    source: "InShards",
     made_of: list[Any],
     rule: dict[str, Any],
     threshold: float,
@@ -263,7 +279,7 @@ def _write_kept(
         dataset.write_webdataset(folder, source, folder / "webdataset", human=extra, over=True, **rule)
     if "uids" in write:
         write_uids(folder, source, folder / "uids.npy", **rule)
-    write_report(folder, source, folder / "report.html", threshold=threshold)
+    write_report(folder, source, folder / "report.html", threshold=threshold, texts=rule["texts"])
     publish(stamp, now.encode())
 
 

@@ -16,6 +16,7 @@ from openblip.hub import load_pretrained
 from openblip.recipes import Recipe, recipe_named
 from openblip.train import stage
 from openblip.train.config import TrainConfig
+from tests.curate.made import smooth
 from tests.data.made import tar_bytes, write, write_images
 from tests.tiny_models import picture_folder
 from tests.tiny_recipes import tiny_recipe
@@ -201,12 +202,12 @@ def test_train_takes_a_vocabulary_for_clip(root, answer, mistake, tmp_path):
 
 
 def web_tars(folder, count=3):
-    """Tars as img2dataset writes them, of the pictures of `picture_folder`."""
-    picture_folder(folder / "pictures", 2 * count)
+    """Tars as img2dataset writes them, of two pictures each."""
     for shard in range(count):
         members = {}
         for number in (2 * shard, 2 * shard + 1):
-            members[f"{number:04d}.png"] = (folder / f"pictures/images/{number:02d}.png").read_bytes()
+            smooth(number, 48).save(folder / "one.png")
+            members[f"{number:04d}.png"] = (folder / "one.png").read_bytes()
             members[f"{number:04d}.txt"] = f"a thing of number {number}".encode()
         write(folder / f"web/{shard:05d}.tar", tar_bytes(members))
     return folder / "web"
@@ -255,3 +256,14 @@ def test_options_of_ray_want_the_engine(root, mistake, tmp_path):
     call += ["--captioner", root / "blip", "--filter", root / "filter"]
     assert "are for --engine ray" in mistake(*call, "--actors", 2)
     assert "actors is at least 1" in mistake(*call, "--engine", "ray", "--actors", 0)
+
+
+def test_copies_and_short_texts_are_left_out(root, answer, tmp_path):
+    web = web_tars(tmp_path)
+    write(web / "00003.tar", (web / "00000.tar").read_bytes())
+    call = ["capfilt", "--data", web, "--out", tmp_path / "job", "--threshold", 0, "--dedup", 0]
+    call += ["--captioner", root / "blip", "--filter", root / "filter", "--write", "webdataset"]
+    found = answer(*call, "--min-words", 5, "--script", "latin")
+    assert (found["shards"], found["images"]) == (4, 6)
+    kept = open_source(tmp_path / "job/webdataset", cache_dir=tmp_path / "c")
+    assert all(len(text.split()) >= 5 for row in kept for text in row.captions) and len(kept) == 6

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
 from openblip.curate.job import SCHEMA, ShardManifest, manifests, publish, quarantined, scores_path
+from openblip.curate.texts import TextRules
 from openblip.data.row_range import Rows
 from openblip.data.rows import Row
 from openblip.data.shards import InShards
@@ -96,10 +97,17 @@ def scores(job: str | Path) -> pa.Table:
     return pa.concat_tables([shard_scores(job, manifest) for manifest in _finished(job)])
 
 
-def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int = 2) -> pa.Table:
+def decide(
+    table: pa.Table,
+    rule: Rule = "itm",
+    threshold: float = 0.5,
+    k: int = 2,
+    texts: TextRules | None = None,
+) -> pa.Table:
     """The table with a column `kept`.
 
     rule: "itm" keeps P(match) ≥ threshold (BLIP §3.3); "top_k" the k best of an image by ITC (BLIP-2 §3.4).
+    texts: what breaks these rules is not kept, and takes no place among the k.
 
     Raises:
         UserError: an unknown rule, a threshold outside 0…1, k below 1.
@@ -109,9 +117,11 @@ def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int =
     if not 0 <= threshold <= 1 or k < 1:
         raise UserError(f"threshold is within 0 and 1 and k at least 1, got {threshold} and {k}")
     names = [field.name for field in fields(ScoredText)]
-    texts = [ScoredText(**line) for line in table.select(names).to_pylist()]
-    kept = keep_matching(texts, threshold) if rule == "itm" else keep_best(texts, k)
-    column = pa.array(kept, pa.bool_())
+    scored = [ScoredText(**line) for line in table.select(names).to_pylist()]
+    allowed = [texts is None or texts.allows(one.text) for one in scored]
+    chosen = [one for one, good in zip(scored, allowed, strict=True) if good]
+    decisions = iter(keep_matching(chosen, threshold) if rule == "itm" else keep_best(chosen, k))
+    column = pa.array([good and next(decisions) for good in allowed], pa.bool_())
     if "kept" in table.column_names:
         return table.set_column(table.column_names.index("kept"), "kept", column)
     return table.append_column("kept", column)
@@ -125,6 +135,7 @@ def write_parquet(
     rule: Rule = "itm",
     threshold: float = 0.5,
     k: int = 2,
+    texts: TextRules | None = None,
     human: Iterable[Row] | None = None,
     over: bool = False,
 ) -> Written:
@@ -134,7 +145,7 @@ def write_parquet(
         job: a finished job. source: what it was made of.
         out: a new folder; it appears when it is complete. over: or that of a dataset written before, which is there
             until then.
-        rule, threshold, k: see `decide`.
+        rule, threshold, k, texts: see `decide`.
         human: rows people vouch for, added unchanged and with kind "human": `human.HumanRows` of a second source.
 
     Raises:
@@ -158,7 +169,7 @@ def write_parquet(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, human, over)
+    return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
 
 
 def write_webdataset(
@@ -169,6 +180,7 @@ def write_webdataset(
     rule: Rule = "itm",
     threshold: float = 0.5,
     k: int = 2,
+    texts: TextRules | None = None,
     human: Iterable[Row] | None = None,
     over: bool = False,
 ) -> Written:
@@ -186,7 +198,7 @@ def write_webdataset(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, human, over)
+    return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
 
 
 def check_job(job: str | Path, source: InShards) -> list[ShardManifest]:
@@ -255,6 +267,7 @@ def _write(
     rule: Rule,
     threshold: float,
     k: int,
+    texts: TextRules | None,
     human: Iterable[Row] | None,
     over: bool,
 ) -> Written:
@@ -277,7 +290,7 @@ def _write(
         counts.update(entry["kind"] for sample in samples for entry in sample.provenance)
 
     for manifest in done:
-        table = decide(shard_scores(job, manifest), rule, threshold, k)
+        table = decide(shard_scores(job, manifest), rule, threshold, k, texts)
         seen += manifest.images
         if samples := list(_web_samples(table, source.part(manifest.shard))):
             write_file(samples)
@@ -293,7 +306,7 @@ def _write(
             waiting = []
     if waiting:
         write_file(waiting)
-    card = _card(done[0], rule, threshold, k, images, counts, left_out)
+    card = _card(done[0], rule, threshold, k, texts, images, counts, left_out)
     publish(part / "README.md", card.encode())
     if out.exists():
         out.rename(old)
@@ -353,12 +366,15 @@ def _card(
     rule: Rule,
     threshold: float,
     k: int,
+    texts: TextRules | None,
     images: int,
     counts: Counter[str],
     left_out: int,
 ) -> str:
     """README.md of a dataset: how it was made."""
     rule_text = f"P(match) ≥ {threshold:g}" if rule == "itm" else f"the {k} best of an image by ITC"
+    if texts is not None:
+        rule_text += f", of texts that keep {texts}"
     kinds = "\n".join(f"| {kind} captions | {count} |" for kind, count in sorted(counts.items()))
     facts = json.dumps(manifest.fingerprint, indent=2, ensure_ascii=False)
     return f"""{_TITLE}

@@ -18,6 +18,7 @@ from openblip.config import UserError
 from openblip.curate.dataset import check_job, decide, shard_scores
 from openblip.curate.html import CardLine, card, cards, histogram_svg, page, section, table, thumbnail
 from openblip.curate.job import ShardManifest, publish
+from openblip.curate.texts import TextRules
 from openblip.data.rows import BadRow
 from openblip.data.shards import InShards
 from openblip.eval.metrics import filter_scores
@@ -34,11 +35,13 @@ def write_report(
     out_html: str | Path,
     *,
     threshold: float = 0.5,
+    texts: TextRules | None = None,
     truth: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
     """Write the report of a finished job and return its figures.
 
     Args:
+        texts: see `decide`.
         truth: row id -> whether the web's captions of this picture are right, where that is known (planted
             noise). Adds precision, recall and AUC of finding the wrong ones.
 
@@ -51,7 +54,7 @@ def write_report(
             those are right, or all wrong.
     """
     done = check_job(job, source)
-    counted, drawn, known = _read(job, done, threshold, truth)
+    counted, drawn, known = _read(job, done, threshold, texts, truth)
     if not counted:
         raise UserError(f"{job}: no row of this job could be used, so there is nothing to show")
     figures = _figures(counted, done)
@@ -83,7 +86,11 @@ def even_sample(lines: Sequence[Line], count: int) -> list[Line]:
 
 
 def _read(
-    job: str | Path, done: Sequence[ShardManifest], threshold: float, truth: Mapping[str, bool] | None
+    job: str | Path,
+    done: Sequence[ShardManifest],
+    threshold: float,
+    rules: TextRules | None,
+    truth: Mapping[str, bool] | None,
 ) -> tuple[Counter[tuple[str, bool]], pa.Table, tuple[np.ndarray, np.ndarray] | None]:
     """Shard by shard: texts by kind and whether kept; those to draw; (right [n] bool, P(match) [n]) where known."""
     counted: Counter[tuple[str, bool]] = Counter()
@@ -92,7 +99,7 @@ def _read(
     places = set(np.linspace(0, len(done) - 1, many).round().astype(int).tolist())
     drawn, known = [], []
     for place, manifest in enumerate(done):
-        table = decide(shard_scores(job, manifest), "itm", threshold)
+        table = decide(shard_scores(job, manifest), "itm", threshold, texts=rules)
         counted.update(zip(table["kind"].to_pylist(), table["kept"].to_pylist(), strict=True))
         if truth is not None:
             known += _known(table, truth)

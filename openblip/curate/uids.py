@@ -9,6 +9,7 @@ import numpy as np
 
 from openblip.curate.dataset import Rule, check_job, decide, shard_scores
 from openblip.curate.job import publish
+from openblip.curate.texts import TextRules
 from openblip.data.rows import Row
 from openblip.data.shards import InShards
 
@@ -32,14 +33,15 @@ def write_uids(
     rule: Rule = "itm",
     threshold: float = 0.5,
     k: int = 2,
+    texts: TextRules | None = None,
 ) -> int:
     """Write the uids of the pairs whose web text is kept, and return how many: [n] of `UIDS`, sorted, each once.
 
-    rule, threshold, k: see `dataset.decide`. Memory: 16 bytes a pair. Raises UserError: see `dataset.check_job`.
+    rule, threshold, k, texts: see `dataset.decide`. Memory: 16 bytes a pair. Raises UserError: see `dataset.check_job`.
     """
     parts = [np.empty(0, UIDS)]
     for manifest in check_job(job, source):
-        table = decide(shard_scores(job, manifest), rule, threshold, k).select(["row", "kind", "kept"])
+        table = decide(shard_scores(job, manifest), rule, threshold, k, texts).select(["row", "kind", "kept"])
         kept = {line["row"] for line in table.to_pylist() if line["kind"] == "web" and line["kept"]}
         rows = source.part(manifest.shard) if kept else []
         uids = [uid_of(rows[number]) for number in sorted(kept)]

@@ -97,6 +97,12 @@ def tiny_blip(seed: int, **parts: bool) -> Pipeline:
     )
 
 
+def smooth(number: int, side: int = 200) -> Image.Image:
+    """A picture like no other: coarse noise, smoothed."""
+    noise = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    return Image.fromarray(noise.numpy()).resize((side, side), Image.Resampling.BICUBIC)
+
+
 def picture_rows(count: int) -> list[Row]:
     """Rows with pictures that differ, as bytes."""
     rows = []
