@@ -33,8 +33,8 @@ def web(folder, broken: bool = False):
             original = COPIES.get(number, number)
             picture = smooth(original)
             if number in COPIES:
-                picture = picture.resize((120, 120))
-            content = jpeg(picture, 60 if number in COPIES else 95)
+                picture = picture.resize((40, 40))
+            content = jpeg(picture, 20 if number in COPIES else 95)
             members[f"{number:04d}.jpg"] = b"no picture" if number == 11 else content
             members[f"{number:04d}.txt"] = b"red"
         write(folder / f"web/{shard:05d}.tar", tar_bytes(members))
@@ -69,7 +69,7 @@ def test_a_second_search_opens_no_picture_and_another_distance_finds_others(tmp_
     monkeypatch.setattr(dedup, "open_image", lambda *_, **__: pytest.fail("a picture was opened"))
     assert deduplicate(source, job, 4)[1] == near == 3
     assert {path.name: path.stat().st_mtime_ns for path in job.iterdir()} == before
-    assert deduplicate(source, job, 0)[1] == 99
+    assert deduplicate(source, job, 0)[1] == 2, "compression changed some bits of one"
 
 
 def test_hashes_within_the_distance_are_found_by_their_bands():
