@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,10 @@ def on_ray(
         _connect(ray, options)
     try:
         _check_room(ray, options)
+        for name in ("ray.data", "ray.data._internal.progress"):  # its executor raises the first again
+            logging.getLogger(name).setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the job has a line of its own
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
         run = uuid.uuid4().hex[:12]
         pool = ray.data.ActorPoolStrategy(
             min_size=options.actors, max_size=options.max_actors or options.actors
@@ -105,7 +107,10 @@ def on_ray(
 
 
 def _connect(ray: Any, options: RayOptions) -> None:
+    host, _, port = (options.address or "").rpartition("://")[2].rpartition(":")
     try:
+        if host and port.isdigit():  # where nobody listens, Ray itself goes on trying for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=options.address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"Ray: no cluster at {options.address!r}: {' '.join(str(error).split())}") from None

@@ -24,7 +24,7 @@ from openblip.data.shards import InShards
 from openblip.eval.metrics import filter_scores
 
 EXAMPLES = 12  # of each outcome
-DRAWN = 100_000  # texts that histograms and examples are made of; of more, whole shards at even distances
+DRAWN = 20_000  # texts that histograms and examples are made of; of more, whole shards at even distances
 
 Line = dict[str, Any]  # of the scores, with `kept` and `shard`
 

@@ -5,6 +5,7 @@ One small cluster for all tests; its workers import this project from the folder
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from openblip.config import UserError
 from openblip.curate.capfilt import CapFiltConfig
 from openblip.curate.engine import run
-from openblip.curate.engine_ray import ATTEMPTS, RayOptions
+from openblip.curate.engine_ray import ATTEMPTS, RayOptions, on_ray
 from openblip.curate.loading import NamedCapFilt
+from openblip.curate.shard import Work
 from openblip.data.shards import open_shards
 from tests.curate.made import ColourCapFilt, tar_source
 from tests.curate.test_engine import files
@@ -62,6 +64,15 @@ class Dying(ColourCapFilt):
             (self.folder / f"death-{shard}-{deaths}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().write(rows, seen)
+
+
+def test_no_cluster_and_no_ray_are_one_line(tmp_path, monkeypatch):
+    source, work = tars(tmp_path), Work(tmp_path)
+    with pytest.raises(UserError, match=r"^Ray: no cluster at '127.0.0.1:9': .*refused"):
+        next(on_ray(ColourCapFilt(), source, ["00000"], work, RayOptions(address="127.0.0.1:9")))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'needs the package ray: pip install "openblip\[ray\]"'):
+        next(on_ray(ColourCapFilt(), source, ["00000"], work, RayOptions()))
 
 
 def test_real_models_on_two_actors_and_one_and_here_make_the_same_files(cluster, tmp_path):
