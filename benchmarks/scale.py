@@ -145,60 +145,60 @@ def measure(folder: Path, out: Path, actors: int) -> dict[str, object]:
 
 
 def faults(folder: Path, trials: int, actors: int) -> None:
-    """Kill a job at a random moment, on Ray a worker of it, and let it finish; count what differs from a quiet run."""
-    quiet = folder / "quiet"
+    """Kill -9 at random moments, let it finish, compare with a quiet run: a job each time, or on Ray its workers."""
+    quiet, out = folder / "quiet", folder / "disturbed"
     shutil.rmtree(quiet, ignore_errors=True)
     call = [sys.executable, "-m", "benchmarks.scale", "run", str(folder), "--actors", str(actors), "--out"]
     begun = time.monotonic()
     subprocess.run([*call, str(quiet)], check=True, stdout=subprocess.DEVNULL)
     usual = time.monotonic() - begun
     wanted, untouched = outcome(quiet), hashes(folder / "web")
-    chance, kills, different = random.Random(0), 0, 0
-    for trial in range(trials):
-        out = folder / "disturbed"
+    chance, kills, jobs, different = random.Random(0), 0, 0, 0
+    while kills < trials:
         shutil.rmtree(out, ignore_errors=True)
         child = subprocess.Popen([*call, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if actors:  # Ray replaces a worker, and this very call finishes
-            while child.poll() is None and not (claims := list(out.glob(".claim-*"))):
-                time.sleep(0.05)
-            time.sleep(chance.uniform(0, 1.0))
-            victims = [int(line.split()[1]) for claim in claims for line in read(claim).splitlines()]
+        jobs += 1
+        if actors:  # Ray replaces the workers, and this very call finishes
+            killed = 0
+            while child.poll() is None:
+                time.sleep(chance.uniform(0.2, 2.0))
+                killed += kills + killed < trials and kill_worker(out, chance)
+            if child.returncode:
+                raise SystemExit("a job whose workers were killed did not finish")
         else:
-            time.sleep(chance.uniform(0.5, 1.0) * usual)
-            victims = [child.pid]
-        published = len(list(out.glob("scores-*.json")))
-        for victim in victims[:1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
-                kills += 1
-        if not actors:
+            time.sleep(chance.uniform(0.3, 1.0) * usual)
+            killed = int(child.poll() is None)
+            child.kill()
             child.wait()
+        published = len(list(out.glob("scores-*.json")))
+        if not actors:
             subprocess.run([*call, str(out)], check=True, stdout=subprocess.DEVNULL)
-        elif child.wait():
-            raise SystemExit("a job whose worker was killed did not finish")
+        kills += killed
         same = outcome(out) == wanted
         different += not same
-        print(
-            f"trial {trial}: killed after {published} shards, {'identical' if same else 'DIFFERENT'}",
-            flush=True,
-        )
+        what = f"job {jobs}: {killed} killed, {published} shards published"
+        print(f"{what}, in the end {'identical' if same else 'DIFFERENT'}", flush=True)
     intact = hashes(folder / "web") == untouched
-    print(json.dumps({"trials": trials, "kills": kills, "different": different, "input_untouched": intact}))
+    print(json.dumps({"jobs": jobs, "kills": kills, "different": different, "input_untouched": intact}))
     raise SystemExit(bool(different) or not intact)
+
+
+def kill_worker(out: Path, chance: random.Random) -> bool:
+    """Kill one that is at a shard for the first time: a shard that takes three workers with it would be put aside."""
+    for claim in chance.sample(found := sorted(out.glob(".claim-*")), len(found)):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):  # finished meanwhile
+            (line,) = claim.read_text(encoding="ascii").splitlines()
+            process = int(line.split()[1])
+            if b"ray::" in Path(f"/proc/{process}/cmdline").read_bytes():
+                os.kill(process, signal.SIGKILL)
+                return True
+    return False
 
 
 def outcome(job: Path) -> dict[str, str]:
     """Hashes of all that a job publishes, but for the pages that say when."""
     names = ("progress.html", "models.json")
     return {name: digest for name, digest in hashes(job).items() if name not in names}
-
-
-def read(claim: Path) -> str:
-    """Of a shard that was finished meanwhile: nothing."""
-    try:
-        return claim.read_text(encoding="ascii")
-    except FileNotFoundError:
-        return ""
 
 
 def hashes(folder: Path) -> dict[str, str]:
