@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
-from openblip.curate.job import SCHEMA, ShardManifest, manifests, publish, quarantined, scores_path
+from openblip.curate.job import SCHEMA, ShardManifest, manifests, publish, quarantined, scores_path, writing
 from openblip.curate.texts import TextRules
 from openblip.data.row_range import Rows
 from openblip.data.rows import Row
@@ -169,7 +169,8 @@ def write_parquet(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
+    with writing(Path(out)):
+        return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
 
 
 def write_webdataset(
@@ -198,7 +199,8 @@ def write_webdataset(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
+    with writing(Path(out)):
+        return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
 
 
 def check_job(job: str | Path, source: InShards) -> list[ShardManifest]:

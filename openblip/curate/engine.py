@@ -87,7 +87,7 @@ def run(
     Args:
         capfilt: loaded if a shard is to be done, and not before.
         out: the job's folder, new or that of an interrupted run; on Ray, one that all machines share.
-        max_bad_share: the share of a shard's rows or pictures that may be unusable (judged from 100 rows on).
+        max_bad_share: the share of a shard's rows or pictures that may be unusable (of 100 rows or more).
         decoders: threads that read and decode pictures while the model works.
         threshold: what `progress` calls noise: web texts below this P(match). It changes no result.
         ray: work on Ray instead of in this process.

@@ -95,9 +95,9 @@ def on_ray(
         try:
             for line in outcomes.iter_rows():
                 yield _read(json.loads(line["outcome"]))
-        except (ray.exceptions.RayError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except Exception as error:  # of Ray, whose kinds are many
             raise UserError(
                 f"Ray gave up: {' '.join(str(error).split())[-500:]}; the same call goes on"
             ) from error

@@ -15,7 +15,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,6 +148,18 @@ def put_aside(folder: Path, aside: Quarantine) -> None:
     """Publish why a shard is in quarantine. Raises PublishError."""
     text = json.dumps(to_dict(aside), indent=2, ensure_ascii=False) + "\n"
     publish(folder / f"quarantine-{aside.shard}.json", text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A block that writes `.name.part` and renames it: what the disk refuses is a PublishError, and leaves nothing."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(folder.with_name(f".{folder.name}.part"), ignore_errors=True)
+        raise PublishError(
+            f"{folder}: cannot be written ({error.strerror or error}); the same call goes on"
+        ) from error
 
 
 def publish(path: Path, content: bytes) -> None:

@@ -60,8 +60,8 @@ class Outcome:
 class Work:
     """What to do with a shard.
 
-    max_bad_share: the share of its rows or pictures that may be unusable; of more, the shard is put aside (judged from
-        `MIN_SEEN` rows on).
+    max_bad_share: the share of its rows or pictures that may be unusable; of more, the shard is put aside, once that is
+        certain (one of fewer than `MIN_SEEN` rows is not).
     decoders: threads that read and decode while the model works.
     """
 
@@ -158,11 +158,11 @@ def _judge_all(
         bad += batch.bad
         images += len(batch.rows)
         seen += len(batch.rows) + len(batch.bad)
-        if seen >= MIN_SEEN and len(bad) > work.max_bad_share * seen:
+        if len(rows) >= MIN_SEEN and len(bad) > work.max_bad_share * len(rows):
             counts = ", ".join(f"{name} {n}" for name, n in Counter(one.reason for one in bad).most_common())
             raise UserError(
-                f"{len(bad)} of {seen} rows are bad ({counts}), more than the share of {work.max_bad_share:g} that "
-                f"max_bad_share allows; the last is {bad[-1].where}: {bad[-1].detail}"
+                f"{len(bad)} bad rows among {seen} of {len(rows)} ({counts}): more than the share of "
+                f"{work.max_bad_share:g} that max_bad_share allows; the last is {bad[-1].where}: {bad[-1].detail}"
             )
         records += judge(capfilt, batch, seconds)
         if tell is not None:

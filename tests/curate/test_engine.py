@@ -145,7 +145,13 @@ def test_a_shard_of_too_many_bad_pictures_is_put_aside_until_it_is_tried_again(t
     source, job = tar_source(tmp_path, tars=3, each=130, bad=bad), tmp_path / "job"
     result = run(ColourCapFilt(), source, job, batch_size=65)
     assert list(result.aside) == ["00002"] and (result.rows, result.images, result.bad) == (260, 260, {})
-    assert re.match(r"15 of 130 rows are bad \(empty 15\), more than the share of 0.1", result.aside["00002"])
+    assert re.match(
+        r"15 bad rows among 65 of 130 \(empty 15\): more than the share of 0.1", result.aside["00002"]
+    )
+    some = tar_source(tmp_path / "some", tars=1, each=130, bad=dict.fromkeys(range(12), b""))
+    assert not run(ColourCapFilt(), some, tmp_path / "some/job", batch_size=13).aside, (
+        "12 of the first 13, but of all"
+    )
     again = ColourCapFilt()
     assert run(again, source, job).aside == result.aside and again.calls == 0, "not tried unasked"
     assert run(again, source, job, retry=True).aside.keys() == {"00002"}

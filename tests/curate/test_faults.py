@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from openblip.config import UserError
-from openblip.curate import engine, job
+from openblip.curate import dataset, engine, job
 from openblip.curate.dataset import scores, write_parquet
 from openblip.curate.engine import run
 from openblip.curate.job import PublishError, publish
@@ -179,3 +179,19 @@ def test_killed_at_any_moment_and_called_again_it_is_the_undisturbed_run(tmp_pat
         assert len(scores(tmp_path / out)) == 62
     assert kills, "at least one was still at work"
     assert {path.name: path.read_bytes() for path in (tmp_path / "web").iterdir()} == untouched
+
+
+def test_a_disk_that_fills_up_under_a_dataset_is_one_line(tmp_path, monkeypatch):
+    source = tars(tmp_path)
+    run(ColourCapFilt(), source, tmp_path / "job")
+
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(dataset.os, "fsync", no_room)
+    for write_kept in (dataset.write_parquet, dataset.write_webdataset):
+        with pytest.raises(PublishError, match=r"out: cannot be written .No space left on device"):
+            write_kept(tmp_path / "job", source, tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
+    monkeypatch.undo()
+    assert dataset.write_webdataset(tmp_path / "job", source, tmp_path / "out").images == 12

@@ -56,6 +56,6 @@ def test_a_job_leaves_a_page_that_is_live_while_it_runs(tmp_path):
     page = (tmp_path / "job/progress.html").read_text()
     Balance(page)
     assert "refresh" not in page and "4 of 4 shards (1 put aside)" in page and "<svg" in page
-    assert re.search(r"<td>00000</td><td>20 of \d+ rows are bad \(empty 20\)", page)
+    assert re.search(r"<td>00000</td><td>20 bad rows among 32 of 130 \(empty 20\)", page)
     for phase in PHASES:
         assert re.search(rf"<td>{phase}</td>", page) and result.seconds[phase] > 0
