@@ -11,6 +11,7 @@ import pytest
 from openblip import cli
 from openblip.config import save_json
 from openblip.curate.capfilt import MatchScale
+from openblip.curate.engine_ray import RayOptions
 from openblip.data.sources import open_source
 from openblip.hub import load_pretrained
 from openblip.recipes import Recipe, recipe_named
@@ -169,7 +170,9 @@ def test_bootstrap_hands_on_what_it_was_told(root, answer, monkeypatch, tmp_path
     ]
     assert [one["model"] for one in answer(*call, "--model", root / "blip")] == ["x", "y"]
     assert (told["web"], told["human"], told["rounds"], told["out"]) == (4, 8, 2, tmp_path)
-    assert told["model"] == str(root / "blip") and told["batch_size"] == 32
+    assert told["model"] == str(root / "blip") and told["batch_size"] == 32 and told["ray"] is None
+    answer(*call, "--engine", "ray", "--actors", 3)
+    assert told["ray"] == RayOptions(actors=3)
     config = told["config"]
     assert config.caption.train.max_steps == 5 and config.pretrain == recipe_named("small_pretrain")
     assert (config.threshold, config.capfilt.seed, config.capfilt.generation.num_return_sequences) == (

@@ -130,3 +130,18 @@ def test_two_files_of_one_shard_name_are_refused(tmp_path):
     write(tmp_path / "a/b--00000.tar", (tmp_path / "a/00000.tar").read_bytes())
     with pytest.raises(UserError, match="two files would make shards of one name"):
         open_shards(f"{tmp_path}/a/{{b--00000,b/00000}}.tar", cache_dir=tmp_path / "c")
+
+
+def test_remote_files_are_shards_as_local_ones_are(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in sorted(tars(tmp_path / "web").iterdir()):
+        memory.pipe(f"/bucket/web/{path.name}", path.read_bytes())
+    local = open_shards(tmp_path / "web", cache_dir=tmp_path / "c")
+    found = open_shards("memory://bucket/web/*.tar", cache_dir=tmp_path / "c")
+    assert [said(found.part(shard.name)) for shard in found.shards()] == [
+        said(local.part(shard.name)) for shard in local.shards()
+    ]
+    assert found.identity("00001") == local.identity("00001")
+    memory.rm("/bucket", recursive=True)
+    with pytest.raises(FileNotFoundError):
+        found.part("00001")[0].image.read()
