@@ -25,6 +25,8 @@ from openblip.data.shards import InShards
 
 ATTEMPTS = 3  # a shard that took so many workers down with it is put aside
 
+BEGINNINGS = 10  # workers that died one after the other before they had begun: the job ends
+
 
 @dataclass(frozen=True)
 class RayOptions:
@@ -79,6 +81,8 @@ def on_ray(
             logging.getLogger(name).setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the job has a line of its own
+        if hasattr(context, "max_consecutive_actor_init_deaths"):  # newer releases give up at the first
+            context.max_consecutive_actor_init_deaths = BEGINNINGS
         run = uuid.uuid4().hex[:12]
         pool = ray.data.ActorPoolStrategy(
             min_size=options.actors, max_size=options.max_actors or options.actors

@@ -51,11 +51,17 @@ def tars(folder: Path, **options):
 
 
 class Dying(ColourCapFilt):
-    """Kills its process at some shards, {name: how often}; files count."""
+    """Kills its process when it first arrives in a worker, then at some shards, {name: how often}; files count."""
 
     def __init__(self, times: dict[str, int], folder: Path) -> None:
         super().__init__()
-        self.times, self.folder = times, folder
+        self.times, self.folder, self.home = times, folder, os.getpid()
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        if os.getpid() != self.home and not (self.folder / "death-on-arrival").exists():
+            (self.folder / "death-on-arrival").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, rows, seen):
         shard = rows[0].where.partition(".tar")[0]
@@ -99,7 +105,7 @@ def test_killed_workers_cost_time_and_the_shard_that_kills_them_all_is_put_aside
     run(ColourCapFilt(), source, tmp_path / "here")
     capfilt = Dying({"00000": 1, "00001": 99}, tmp_path)
     result = run(capfilt, source, tmp_path / "job", ray=RayOptions(actors=2))
-    assert len(list(tmp_path.glob("death-00000-*"))) == 1
+    assert (tmp_path / "death-on-arrival").exists() and len(list(tmp_path.glob("death-00000-*"))) == 1
     assert len(list(tmp_path.glob("death-00001-*"))) == ATTEMPTS
     assert list(result.aside) == ["00001"] and "its worker died 3 times" in result.aside["00001"]
     assert not list((tmp_path / "job").glob(".*")), "no claim and no half-written file is left"
