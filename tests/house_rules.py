@@ -73,7 +73,7 @@ IMPORTS = [
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end
-    ("cli_shared", OPEN),                                  # parts of the roof
+    ("cli_shared", f"{OPEN} curate"),                      # parts of the roof
     ("cli_make", "*"),
     ("cli_chat", "*"),
     ("cli_convert", "*"),
