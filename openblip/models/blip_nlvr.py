@@ -40,11 +40,16 @@ class TwinCrossAttentionBlock(nn.Module):
         return self.left.project(left), self.right.project(right)
 
     def forward(
-        self, x: Tensor, memory: tuple[KeyValue, KeyValue], mask: Tensor | None, weights: list[Tensor] | None
+        self,
+        x: Tensor,
+        memory: tuple[KeyValue, KeyValue],
+        mask: Tensor | None,
+        weights: list[Tensor] | None,
+        shares: list[int] | None = None,
     ) -> Tensor:
         """x [B, L, D] -> [B, L, D]."""
-        left = self.left(x, memory=memory[0], mask=mask, weights=weights)[0]
-        right = self.right(x, memory=memory[1], mask=mask, weights=weights)[0]
+        left = self.left(x, memory=memory[0], mask=mask, weights=weights, shares=shares)[0]
+        right = self.right(x, memory=memory[1], mask=mask, weights=weights, shares=shares)[0]
         y = (left + right) / 2 if self.merge is None else self.merge(torch.cat([left, right], dim=-1))
         return self.residual(x, y)
 
