@@ -42,7 +42,7 @@ def once(attention: Callable[..., Tensor], tensors: list[Tensor], backward: bool
 def attention(bench: Bench) -> None:
     """Every shape, precision and direction."""
     for name, (batch, heads, queries, keys, width) in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in bench.precisions:
             for backward in (False, True):
                 sizes = (queries, keys, keys)
                 tensors = [

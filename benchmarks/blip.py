@@ -34,7 +34,6 @@ from openblip.models.vit import VisionConfig
 from openblip.train.tasks import BlipTask, BlipTaskConfig
 
 CLS, SEP, DEC, ENC = 101, 102, 30522, 30523
-PRECISIONS = (torch.float32, torch.bfloat16)
 
 
 def models(kind: str, quick: bool, side: int = 384) -> tuple[Any, Blip]:
@@ -109,8 +108,8 @@ def written(theirs: Any, ours: Blip, images: Tensor, dtype: torch.dtype, **optio
 def caption(bench: Bench) -> None:
     """Beam search; the ids are the same in fp32. In bf16 near ties fall otherwise on the two sides."""
     theirs, ours = models("BlipForConditionalGeneration", bench.quick)
-    images = torch.randn(2 if bench.quick else 8, 3, *[pixels_of(384, bench.quick)] * 2)
-    for dtype in PRECISIONS:
+    images = torch.randn(bench.batch(8), 3, *[pixels_of(384, bench.quick)] * 2)
+    for dtype in bench.precisions:
         for least in (20, 0):
             calls = written(theirs, ours, images, dtype, num_beams=3, max_new_tokens=20, min_new_tokens=least)
             name = f"caption, beam 3, {'20' if least else 'up to 20'} tokens, batch {len(images)}, {named(dtype)}"
@@ -120,9 +119,9 @@ def caption(bench: Bench) -> None:
 def write(bench: Bench) -> None:
     """Greedy and nucleus. What is drawn differs, so only greedy ids are compared."""
     theirs, ours = models("BlipForConditionalGeneration", bench.quick)
-    for batch in (1, 16):
+    for batch in sorted({1, bench.batch(16)}):
         images = torch.randn(batch, 3, *[pixels_of(384, bench.quick)] * 2)
-        for dtype in PRECISIONS:
+        for dtype in bench.precisions:
             for kind, options in (("greedy", {}), ("nucleus 0.9", {"do_sample": True, "top_p": 0.9})):
                 fixed = {"max_new_tokens": 20, "min_new_tokens": 20, **options}
                 calls = written(theirs, ours, images, dtype, **fixed)
@@ -134,10 +133,10 @@ def rerank(bench: Bench) -> None:
     """Logits [images, texts, 2]. transformers looks at every image anew for every text, so it is given one."""
     theirs, ours = models("BlipForImageTextRetrieval", bench.quick)
     side, count = pixels_of(384, bench.quick), 4 if bench.quick else 64
-    for dtype in PRECISIONS:
+    for dtype in bench.precisions:
         theirs.to(dtype)
         ours.to(dtype)
-        for images in (1, 2 if bench.quick else 16):
+        for images in sorted({1, bench.batch(16)}):
             pixels = torch.randn(images, 3, side, side, dtype=dtype)
             ids, mask = texts(images * count)
 
@@ -187,15 +186,15 @@ def embed(bench: Bench) -> None:
     """From bytes to normalised vectors. Ours may decode a large JPEG at a fraction of its size."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    jpegs = photographs(2 if bench.quick else 8, bench.quick)
+    jpegs = photographs(bench.batch(8), bench.quick)
     for side in (224, 384):
         theirs, ours = models("BlipForImageTextRetrieval", bench.quick, side)
         side = pixels_of(side, bench.quick)
         processor = BlipImageProcessorPil(size={"height": side, "width": side})
-        for dtype, name in zip(PRECISIONS, ("fp32", "bf16"), strict=True):
+        for dtype in bench.precisions:
             theirs.to(dtype)
             pretrained = Pretrained(ours, bert_uncased(), ImageTransform(image_size=side), {}, LoadReport())
-            pipeline = Pipeline(pretrained, dtype=name, batch_size=4)
+            pipeline = Pipeline(pretrained, dtype=named(dtype), batch_size=4)
 
             @torch.inference_mode()
             def their_vectors(dtype=dtype, processor=processor, theirs=theirs) -> Tensor:
@@ -213,13 +212,13 @@ def embed(bench: Bench) -> None:
             def alike(theirs: Tensor, ours: Tensor) -> bool:
                 return bool((theirs.float() * ours).sum(dim=1).min() > 0.98)
 
-            where = f"embed {len(jpegs)} JPEGs of 12 megapixels at {side} px, {name}"
+            where = f"embed {len(jpegs)} JPEGs of 12 megapixels at {side} px, {named(dtype)}"
             bench.paired(where, their_vectors, our_vectors, alike, dtype=dtype)
 
 
 def pretrain(bench: Bench) -> None:
     """One step, its optimizer left out; in eval mode, where no dropout and no growing queue tell losses apart."""
-    rows, quick = (4 if bench.quick else 16), bench.quick
+    rows, quick = bench.batch(16), bench.quick
     config = blip_base(224)
     if quick:
         small = VisionConfig(32, 16, 48, 2, 3, 96)
@@ -237,7 +236,7 @@ def pretrain(bench: Bench) -> None:
     def released(dtype: torch.dtype) -> Tensor:
         return step(task, batch, dtype, lambda batch: step_as_released(task, batch))
 
-    for dtype in PRECISIONS:
+    for dtype in bench.precisions:
         name = f"pre-training step, batch {rows}, {side} px, {named(dtype)}, against LAVIS-style"
         calls = [lambda call=call, dtype=dtype: call(dtype) for call in (released, ours)]
         bench.paired(name, *calls, close(tolerance(dtype)), dtype=dtype)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from blip import PRECISIONS, named, texts
+from blip import named, texts
 from lavis import stage1_as_released
 from paired import Bench, close, main, same_ids
 from torch import Tensor
@@ -161,7 +161,7 @@ def caption(bench: Bench, rows: int = 4, tokens: int = 20) -> None:
             num_beams=5, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
         )[:, -tokens:]  # fmt: skip
 
-    for dtype in PRECISIONS:
+    for dtype in bench.precisions:
         model.to(dtype)
         peer.to(dtype)
         same = same_ids if dtype is torch.float32 else None

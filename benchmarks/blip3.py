@@ -148,7 +148,7 @@ def train_one(latents: int | None, bench: Bench, rows: int = 8) -> None:
 
 def words(bench: Bench) -> None:
     """Greedy words behind prompts of mixed lengths."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in bench.precisions:
         for latents in (None, USUAL):
             words_one(dtype, latents, bench)
 

@@ -58,12 +58,20 @@ class Bench:
     quick: sizes at which figures mean nothing, to see that everything runs.
     clock: "wall", or "cpu": processor time of this process and those it started, which other work on the machine
         changes little. It adds up over threads: for one thread only.
+    most: images in a batch, where the machine has no time for those of the real sizes; lines say how many there were.
+    precisions: of those benchmarks that have a line for each.
     """
 
     runs: int = 5
     quick: bool = False
     clock: Literal["wall", "cpu"] = "wall"
+    most: int | None = None
+    precisions: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     rows: list[Row] = field(default_factory=list)
+
+    def batch(self, size: int) -> int:
+        """How many images a batch of this size has here."""
+        return min(size, 2 if self.quick else self.most or size)
 
     def now(self) -> float:
         """Seconds."""
@@ -100,12 +108,11 @@ class Bench:
         dtype: of the matrix products of ours; None leaves the share of the machine's limit out.
         Raises AssertionError: they do not agree.
         """
-        outputs = theirs(), ours()
-        if same is not None and not same(*outputs):
+        (output, most), (our_output, our_most) = peak(theirs), peak(ours)
+        if same is not None and not same(output, our_output):
             raise AssertionError(f"{name}: the two sides do not agree")
-        del outputs
-        peaks = peak(theirs), peak(ours)
-        memory = None if None in peaks else peaks[0] / max(peaks[1], 1)  # type: ignore[operator]
+        del output, our_output
+        memory = None if most is None or our_most is None else most / max(our_most, 1)
         operations = 0 if dtype is None else matrix_products(ours)
         ratios, shares = [], []
         for _ in range(self.runs):
@@ -130,17 +137,20 @@ def matrix_products(call: Call) -> int:
     return counter.get_total_flops()
 
 
-def peak(call: Call) -> int | None:
-    """The most memory in kB that a call holds beyond what the process held before; None where Linux does not say."""
+def peak(call: Call) -> tuple[Any, int | None]:
+    """What a call returns, and the most memory in kB that it holds beyond what the process held before.
+
+    None where Linux does not say.
+    """
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed and kept would count as held before
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     except (OSError, AttributeError):
-        return None
+        return call(), None
     before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
+    output = call()
+    return output, _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
@@ -178,9 +188,13 @@ def main(about: str, benchmarks: dict[str, Callable[[Bench], None]]) -> None:
     parser.add_argument("--only", nargs="+", choices=benchmarks, default=list(benchmarks), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="sizes at which figures mean nothing")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread")
+    parser.add_argument("--batch", type=int, help="images in a batch at most, where real sizes take too long")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="this precision alone")
     parser.add_argument("--json", type=Path, help="the same lines for programs")
     options = parser.parse_args()
-    bench = Bench(options.runs, options.quick, options.clock)
+    bench = Bench(options.runs, options.quick, options.clock, options.batch)
+    if options.dtype:
+        bench.precisions = (torch.float32 if options.dtype == "fp32" else torch.bfloat16,)
     print(f"{'':64}{'time':>7}  {'(least to most)':18}{'memory':>8}{'limit':>8}")
     for name in options.only:
         benchmarks[name](bench)

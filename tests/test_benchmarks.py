@@ -38,7 +38,8 @@ def test_work_and_memory_are_counted(paired):
         q = torch.randn(1, 2, 40, 16)
         fused = torch.nn.functional.scaled_dot_product_attention
         assert paired.matrix_products(lambda: fused(q, q, q)) == 2 * 2 * (2 * 40 * 16 * 40), "fused ones too"
-    held = paired.peak(lambda: torch.ones(64, 1024, 1024).sum())
+    total, held = paired.peak(lambda: torch.ones(64, 1024, 1024).sum())
+    assert total == 2**26
     assert held is None or 200_000 < held < 400_000, "kB, of 256 MB"
 
 

@@ -3,8 +3,9 @@
 Shapes: B images, R rows of queries, L query tokens, N memory tokens, D width, H heads, d = D / H.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -51,20 +52,20 @@ def attend(
     # torch.bmm and not `@`, which would lay out the transposed keys anew, element by element.
     heads, scale = q.shape[:2], q.shape[-1] ** -0.5
     q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    if mask is not None:
-        mask = mask.expand(*heads, -1, -1).flatten(0, 1)
     at_once = len(q) if weights is not None else max(1, _SCORES_AT_ONCE // (q.shape[1] * k.shape[1]))
+    masks: Iterable[Tensor | None] = repeat(None)
+    if mask is not None:
+        masks = torch.atleast_2d(mask).expand(*heads, -1, -1).flatten(0, 1).split(at_once)
     looked = []
-    for start in range(0, len(q), at_once):
-        part = slice(start, start + at_once)
-        scores = torch.bmm(q[part], k[part].transpose(1, 2))
-        if mask is not None:
-            scores = scores.masked_fill(~mask[part], torch.finfo(scores.dtype).min)
+    for few_q, few_k, few_v, seen in zip(q.split(at_once), k.split(at_once), v.split(at_once), masks):
+        scores = torch.bmm(few_q, few_k.transpose(1, 2))
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
         probabilities = scores.softmax(dim=-1)
         if weights is not None:
             weights.append(probabilities.unflatten(0, heads))
             probabilities = weights[-1].flatten(0, 1)  # Grad-CAM asks for the gradient of what is in the list
-        looked.append(torch.bmm(F.dropout(probabilities, dropout).to(v.dtype), v[part]))
+        looked.append(torch.bmm(F.dropout(probabilities, dropout).to(v.dtype), few_v))
     return (looked[0] if len(looked) == 1 else torch.cat(looked)).unflatten(0, heads)
 
 
@@ -143,7 +144,8 @@ class Attention(nn.Module):
         elif shares is not None:
             k, v = memory
             q = self.q(x).reshape(1, -1, self.num_heads, k.shape[-1]).transpose(1, 2)  # [1, H, queries, d]
-            parts = zip(q.split(shares, dim=2), k.split(1), v.split(1), _per_image(mask, len(k)), strict=True)
+            masks: Iterable[Tensor | None] = repeat(None) if mask is None else mask.split(1)
+            parts = zip(q.split(shares, dim=2), k.split(1), v.split(1), masks)
             y = torch.cat([attend(*part, dropout=dropout) for part in parts if part[0].shape[2]], dim=2)
             return self.out(y.transpose(1, 2).reshape(x.shape)), (k, v)
         else:
@@ -158,10 +160,6 @@ class Attention(nn.Module):
         y = attend(q, k, v, mask, dropout=dropout, weights=weights).transpose(1, 2)
         y = y.reshape(x.shape) if packing is None else packing.pack(y.flatten(2))
         return self.out(y), (k, v)
-
-
-def _per_image(mask: Tensor | None, images: int) -> Sequence[Tensor | None]:
-    return [None] * images if mask is None else mask.split(1)
 
 
 class Mlp(nn.Module):

@@ -78,7 +78,7 @@ class Memory:
 
     @cached_property
     def counts(self) -> list[int] | None:
-        """How many rows look at each image, if those that look at one lie together; else None.
+        """How often each image stands in `index`, if it stands there in one run; else None.
 
         On a CPU, where it takes less time to go from image to image than to copy an image for each of its rows.
         """
@@ -98,13 +98,17 @@ class Memory:
         """How many queries each image has if row r has tokens[r]; None: all as many.
 
         Of all images if there are `counts`, otherwise of those that `layer` gives. packed: rows differ in tokens.
+        Raises ValueError: the rows cannot be shared out evenly over the images they are for.
         """
-        rows = self.counts
-        if rows is None:
-            if not packed:
-                return None
-            copied = self.index is not None
-            rows = [1] * len(tokens) if copied else [len(tokens) // self.images] * self.images
+        if self.counts is None and not packed:
+            return None
+        images = self.images if self.index is None else len(self.index)
+        group, rest = divmod(len(tokens), images)  # rows of each
+        if rest:
+            raise ValueError(
+                f"{len(tokens)} rows of queries cannot be shared out evenly over {images} images"
+            )
+        rows = [group * count for count in self.counts or [1] * images]
         return [int(part.sum()) for part in tokens.split(rows)]
 
     def layer(self, number: int, *, by_image: bool = False) -> tuple[Any, Tensor | None]:
@@ -336,7 +340,7 @@ class TextTransformer(nn.Module):
             and attention_mask is not None
             and x.device.type == "cpu"
         ):
-            packing = Packing(*input_ids.shape, attention_mask.flatten().nonzero()[:, 0])
+            packing = Packing(len(input_ids), length, attention_mask.flatten().nonzero()[:, 0])
             x, tokens = packing.pack(x), attention_mask.sum(dim=1)
         by_image = memory is not None and memory.counts is not None
         if memory is not None:
