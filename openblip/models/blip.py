@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from openblip.config import ConfigError
 from openblip.models.generation import Generated, GenerationConfig, generate
 from openblip.models.layers import init_weights
+from openblip.models.memory import Memory
 from openblip.models.text import (
     Cache,
     LanguageModelHead,
-    Memory,
     TextConfig,
     TextTransformer,
     swap_first_token,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from openblip.models.layers import KeyValue, init_weights
-from openblip.models.text import Memory, Residual, TextConfig, TextTransformer, swap_first_token
+from openblip.models.memory import Memory
+from openblip.models.text import Residual, TextConfig, TextTransformer, swap_first_token
 from openblip.models.tower import TowerModel
 from openblip.models.vit import VisionConfig, vit_base
 

@@ -32,11 +32,11 @@ from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
 from openblip.models.layers import KeyValue, init_weights
+from openblip.models.memory import Memory
 from openblip.models.text import (
     Cache,
     CrossAttentionBlock,
     FeedForwardBlock,
-    Memory,
     SelfAttentionBlock,
     TextConfig,
     TextTransformer,

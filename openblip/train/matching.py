@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openblip.models.text import Memory
+from openblip.models.memory import Memory
 from openblip.train import distributed
 from openblip.train.objectives import hard_negatives, itm_loss, positive_pairs
 
