@@ -270,7 +270,8 @@ class Pipeline:
         """(image_embeds [b, N, D], which images they are) batch by batch; the next batch is decoded meanwhile."""
 
         def pixels(part: slice) -> Tensor:
-            return torch.stack([self.transform(open_image(one)) for one in images[part]])
+            size = self.transform.draft_size  # what is larger may be decoded at a fraction of its size
+            return torch.stack([self.transform(open_image(one, draft_size=size)) for one in images[part]])
 
         parts = [
             slice(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size)
