@@ -238,10 +238,7 @@ class Pipeline:
         return self.matcher.similarity(images, texts).numpy()
 
     def localize(self, image: Image, text: str, *, layer: int | None = None) -> Localization:
-        """Where the ITM head looks for each word of the text: Grad-CAM of cross-attention (see `models.localize`).
-
-        A word of several word pieces has the mean of their maps. Raises UserError: no word, or no such layer.
-        """
+        """Where the ITM head looks for each word of the text: Grad-CAM of cross-attention (see `models.localize`)."""
         self._require(isinstance(self.model, Blip) and self.model.config.encoder, "localisation")
         picture = open_image(image)
         tokens = self.tokens([clean_caption(text)])
