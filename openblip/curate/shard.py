@@ -156,6 +156,9 @@ def _judge_all(
         for phase, spent in batch.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
         bad += batch.bad
+        for entry in batch.bad:
+            if entry.reason == "truncated_tar":  # nobody knows how much is missing
+                raise UserError(f"{entry.where}: {entry.detail}")
         images += len(batch.rows)
         seen += len(batch.rows) + len(batch.bad)
         if len(rows) >= MIN_SEEN and len(bad) > work.max_bad_share * len(rows):
