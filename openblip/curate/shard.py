@@ -260,7 +260,7 @@ def _publish_shard(
     digest = hashlib.sha256(content).hexdigest()
     web = np.array([line["match"] for line in records if line["kind"] == "web"])
     bins = np.bincount((web * BINS).astype(int).clip(0, BINS - 1), minlength=BINS).tolist()
-    manifest = ShardManifest(shard, rows, images, len(records), digest, fingerprint, bad, bins)
+    manifest = ShardManifest(shard, rows, images, len(records), digest, fingerprint, bins, bad)
     publish(scores_path(folder, shard), content)
     text = json.dumps(to_dict(manifest), indent=2, ensure_ascii=False) + "\n"
     publish(scores_path(folder, shard).with_suffix(".json"), text.encode())
