@@ -82,7 +82,8 @@ def run(
     """Caption and score every picture of a source. Shards that are done already cost no model call.
 
     A shard that cannot be worked on (its file is broken, too many of its rows are bad, a model fails at it) is put
-    aside with its reason, and the others go on; a later call leaves it there, or tries it again with `retry`.
+    aside with its reason, and the others go on; a later call leaves it there, unless its file has changed or `retry`
+    asks for it.
 
     Args:
         capfilt: loaded if a shard is to be done, and not before.
@@ -187,7 +188,8 @@ def _survey(
             )
         now = {**base, "source": source.identity(one.shard)}
         if one.fingerprint != now:
-            if not anew:
+            mended = isinstance(one, Quarantine) and {**one.fingerprint, "source": now["source"]} == now
+            if not anew and not mended:
                 refuse_other(one.fingerprint, now, folder)
         elif isinstance(one, Quarantine):
             aside[one.shard] = one

@@ -69,8 +69,8 @@ class ShardManifest:
     texts: int
     sha256: str
     fingerprint: dict[str, Any]
+    web_match: list[int]  # of no manifest in which rows are counted otherwise: those are refused
     bad: list[BadEntry] = field(default_factory=list)
-    web_match: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,7 @@ class Progress:
         self.done += 1
         self.rows_done += manifest.rows
         self.images += manifest.images
-        if manifest.web_match:
-            self.web_match = [a + b for a, b in zip(self.web_match, manifest.web_match, strict=True)]
+        self.web_match = [a + b for a, b in zip(self.web_match, manifest.web_match, strict=True)]
 
 
 def clock(seconds: float) -> str:

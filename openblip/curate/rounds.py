@@ -140,7 +140,9 @@ def run_rounds(
         result = engine.run(worker, web, folder / "job", batch_size=batch_size, ray=ray)
         if result.aside:
             shard, reason = next(iter(result.aside.items()))
-            raise UserError(f"{folder / 'job'}: {len(result.aside)} shards were put aside; {shard}: {reason}")
+            say(
+                f"{folder.name}: {len(result.aside)} of {result.shards} shards were put aside ({shard}: {reason})"
+            )
         if not (folder / "parquet").exists():
             write_parquet(folder / "job", web, folder / "parquet", threshold=config.threshold, human=people)
         figures = write_report(folder / "job", web, folder / "report.html", threshold=config.threshold)

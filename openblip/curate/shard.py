@@ -156,6 +156,9 @@ def _judge_all(
         for phase, spent in batch.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
         bad += batch.bad
+        for entry in batch.bad:
+            if entry.reason == "truncated_tar":  # nobody knows how much is missing
+                raise UserError(f"{entry.where}: {entry.detail}")
         images += len(batch.rows)
         seen += len(batch.rows) + len(batch.bad)
         if len(rows) >= MIN_SEEN and len(bad) > work.max_bad_share * len(rows):
@@ -257,7 +260,7 @@ def _publish_shard(
     digest = hashlib.sha256(content).hexdigest()
     web = np.array([line["match"] for line in records if line["kind"] == "web"])
     bins = np.bincount((web * BINS).astype(int).clip(0, BINS - 1), minlength=BINS).tolist()
-    manifest = ShardManifest(shard, rows, images, len(records), digest, fingerprint, bad, bins)
+    manifest = ShardManifest(shard, rows, images, len(records), digest, fingerprint, bins, bad)
     publish(scores_path(folder, shard), content)
     text = json.dumps(to_dict(manifest), indent=2, ensure_ascii=False) + "\n"
     publish(scores_path(folder, shard).with_suffix(".json"), text.encode())

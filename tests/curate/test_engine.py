@@ -260,4 +260,6 @@ def test_every_line_of_a_manifest_is_about_its_shard(tmp_path):
     first, second, _ = manifests(job)
     assert (first.rows, first.images, first.texts, len(first.bad)) == (4, 3, 6, 1)
     assert sum(first.web_match) == 3 and (second.web_match[10], second.web_match[90]) == (2, 2)
-    assert replace(second, sha256="", web_match=[]) == ShardManifest("00001", 4, 4, 8, "", first.fingerprint)
+    assert replace(second, sha256="", web_match=[]) == ShardManifest(
+        "00001", 4, 4, 8, "", first.fingerprint, []
+    )

@@ -53,8 +53,19 @@ def test_a_poisoned_shard_is_put_aside_and_the_rest_is_as_without_it(tmp_path):
     assert run(again, source, folder).aside == result.aside and again.calls == 0
     write(tmp_path / "web/00001.tar", whole)
     mended = open_shards(tmp_path / "web", cache_dir=tmp_path / "cache")
-    assert not run(again, mended, folder, anew=True).aside and again.calls == 1
+    assert not run(again, mended, folder).aside and again.calls == 1, "another file is tried unasked"
     assert files(folder) == wanted
+
+
+def test_a_tar_that_breaks_off_is_put_aside(tmp_path):
+    tars(tmp_path)
+    whole = (tmp_path / "web/00002.tar").read_bytes()
+    write(tmp_path / "web/00002.tar", whole[: len(whole) // 2 + 100])
+    result = run(
+        ColourCapFilt(), open_shards(tmp_path / "web", cache_dir=tmp_path / "cache"), tmp_path / "job"
+    )
+    assert result.aside == {"00002": "00002.tar: the archive breaks off; what came after is lost"}
+    assert result.images == 8 and result.bad == {}
 
 
 def test_a_model_that_fails_at_a_shard_is_that_shards_trouble(tmp_path):

@@ -24,7 +24,7 @@ def at(monkeypatch):
 def manifest(name: str, images: int, noise: int) -> ShardManifest:
     match = [0] * BINS
     match[49], match[50] = noise, images - noise
-    return ShardManifest(name, images, images, 2 * images, "", {}, [], match)
+    return ShardManifest(name, images, images, 2 * images, "", {}, match)
 
 
 def test_speed_and_time_left_are_of_this_run_and_noise_is_of_all(at):
