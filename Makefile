@@ -6,12 +6,13 @@ VENV := .venv
 # Twice quiet: errors only. No word on conflicts: the parts of requirements/parts.txt want what is left out on purpose.
 INSTALL := $(VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install --no-warn-conflicts
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test bench check format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart   the whole story in one command: noisy pairs, BLIP, CapFilt, a better BLIP, a report"
 	@echo "make test         all tests"
+	@echo "make bench        openblip beside its peers, as ratios (ARGS=\"--only caption\"; docs/performance.md)"
 	@echo "make check        lint, format and types"
 	@echo "make format       rewrite the files as ruff wants them"
 	@echo "make clean        remove the virtual environment and caches"
@@ -21,6 +22,9 @@ quickstart: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

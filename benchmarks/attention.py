@@ -1,16 +1,16 @@
-"""Which attention kernel is faster here: torch's fused one, or matmul, softmax, matmul. Ratios, paired in one process.
+"""Which attention kernel is faster here: torch's fused one, or matmul, softmax, matmul.
 
-    python benchmarks/attention.py
+    python benchmarks/attention.py [--runs 15]
 
-`openblip.models.layers.attend` follows this table: plain in bfloat16 on a CPU, fused otherwise.
+Above 1 the plain one takes less time. `openblip.models.layers.attend` follows this table: plain in bfloat16 on a CPU,
+fused otherwise.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from paired import Bench, close, main
 from torch import Tensor
 
 # name: (batch, heads, queries, keys, head width)
@@ -29,36 +29,41 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
-def seconds(attention: Callable[..., Tensor], tensors: list[Tensor], backward: bool) -> float:
-    """One call, with the backward pass if asked for."""
-    start = time.perf_counter()
+def once(attention: Callable[..., Tensor], tensors: list[Tensor], backward: bool) -> Tensor:
+    """One call, with the backward pass if asked for; what it gives."""
     out = attention(*tensors)
     if backward:
         out.backward(torch.ones_like(out))
         for tensor in tensors:
             tensor.grad = None
-    return time.perf_counter() - start
+    return out.detach()
 
 
-def main(runs: int = 15) -> None:
-    """Print median fused / plain for every shape, precision and direction; above 1 the plain one is faster."""
-    print(f"{'shape':32}{'dtype':10}{'pass':20}fused / plain (median, min, max)")
+def attention(bench: Bench) -> None:
+    """Every shape, precision and direction."""
     for name, (batch, heads, queries, keys, width) in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in bench.precisions:
             for backward in (False, True):
                 sizes = (queries, keys, keys)
                 tensors = [
-                    torch.randn(batch, heads, n, width, dtype=dtype, requires_grad=backward) for n in sizes
+                    torch.randn(1 if bench.quick else batch, heads, n, width, dtype=dtype) for n in sizes
                 ]
-                fused = F.scaled_dot_product_attention
-                ratios = []
-                for _ in range(runs + 2):
-                    ratios.append(seconds(fused, tensors, backward) / seconds(plain, tensors, backward))
-                ratios = sorted(ratios[2:])
-                direction = "forward + backward" if backward else "forward"
-                spread = f"{statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-                print(f"{name:32}{str(dtype)[6:]:10}{direction:20}{spread}", flush=True)
+                for tensor in tensors:
+                    tensor.requires_grad_(backward)
 
+                def call(kernel: Callable[..., Tensor], tensors=tensors, backward=backward) -> Tensor:
+                    return once(kernel, tensors, backward)
+
+                direction = "forward + backward" if backward else "forward"
+                bench.paired(
+                    f"{name}, {str(dtype)[6:]}, {direction}",
+                    lambda call=call: call(F.scaled_dot_product_attention),
+                    lambda call=call: call(plain),
+                    close(1e-4 if dtype is torch.float32 else 0.05),
+                )
+
+
+ROWS = {"attention": attention}
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, ROWS)

@@ -1,27 +1,22 @@
-"""BLIP-3 beside transformers' LLaVA of the same sizes, paired in one process on random weights: median ratios of time.
+"""BLIP-3 beside transformers' LLaVA of the same sizes, on random weights.
 
-    python benchmarks/blip3.py [--runs 5] [--only train write tiles chat memory] [--quick]
+    python benchmarks/blip3.py [--only train words tiles chat] [--runs 5] [--quick] [--clock cpu]
 
-train     one training step, tower frozen, language model trained whole; chats of 40 to 59 words about one picture
-write     30 greedy words about each of 4 pictures
-tiles     the tower and the resampler on all tiles of some pictures at once, against one tile at a time
-chat      the second answer of a chat, going on from what is cached, against reading the whole chat again
-memory    peak memory of two training steps, each side in a process of its own
+train    one training step, tower frozen, language model trained whole; chats of 40 to 59 words about one picture
+words    30 greedy words about each of 4 pictures
+tiles    the tower and the resampler on all tiles of some pictures at once, against one tile at a time
+chat     the second answer of a chat, going on from what is cached, against reading the whole chat again
 
-Above 1, ours takes less time, or less memory. Tower, language model and texts are equal on both sides; what lies
-between is not, and is the nature of the two: LLaVA projects each of the tower's N tokens, ours resamples them to K.
-So there are two lines: with K = N the language models read as much, and ours pays for its resampler; with K = 64, which
-is how it is meant, they do not. `--quick` shows that it runs, with parts too small for its figures to mean anything.
+Tower, language model and texts are equal on both sides; what lies between is not, and is the nature of the two: LLaVA
+projects each of the tower's N tokens, ours resamples them to K. So there are two lines: with K = N the language models
+read as much, and ours pays for its resampler; with K = 64, which is how it is meant, they do not.
 """
 
-import argparse
-import resource
-import subprocess
-import sys
 from typing import Any
 
 import torch
-from blip2 import SMOLLM2, paired
+from blip2 import SMOLLM2
+from paired import Bench, main, same_ids
 from torch import Tensor
 
 from openblip.models.blip3 import ADDED_TOKENS, Blip3, Blip3Config
@@ -108,6 +103,7 @@ def chats(rows: int, vision_tokens: int, image_id: int, words: int, config: Visi
 
 def our_step(model: Blip3, batch: Batch) -> None:
     """Forward and backward."""
+    model.zero_grad()
     task = Blip3Task(model, Blip3TaskConfig())
     with torch.autocast("cpu", torch.bfloat16):
         loss = task(batch)["lm"]
@@ -116,6 +112,7 @@ def our_step(model: Blip3, batch: Batch) -> None:
 
 def their_step(model: Any, batch: Batch) -> None:
     """Forward and backward."""
+    model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**{name: value for name, value in batch.items() if name != "grids"}).loss
     loss.backward()
@@ -133,33 +130,32 @@ def sides(latents: int | None, rows: int, quick: bool, words: int = 40) -> tuple
     return ours, own, theirs, other
 
 
-def train(runs: int, quick: bool) -> None:
+def train(bench: Bench) -> None:
     """One step of instruction tuning."""
     for latents in (None, USUAL):
-        train_one(latents, runs, quick)
+        train_one(latents, bench)
 
 
-def train_one(latents: int | None, runs: int, quick: bool, rows: int = 8) -> None:
+def train_one(latents: int | None, bench: Bench, rows: int = 8) -> None:
     """The same, for one K."""
-    ours, own, theirs, other = sides(latents, rows, quick)
+    ours, own, theirs, other = sides(latents, rows, bench.quick)
     ours.train()
     theirs.train()
     name = f"training step, batch {rows}, bf16, K = {latents or 'N'}"
-    paired(name, lambda: their_step(theirs, other), lambda: our_step(ours, own), runs)
+    calls = lambda: their_step(theirs, other), lambda: our_step(ours, own)
+    bench.paired(name, *calls, None, dtype=torch.bfloat16)
 
 
-def write(runs: int, quick: bool) -> None:
+def words(bench: Bench) -> None:
     """Greedy words behind prompts of mixed lengths."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in bench.precisions:
         for latents in (None, USUAL):
-            write_one(dtype, latents, runs, quick)
+            words_one(dtype, latents, bench)
 
 
-def write_one(
-    dtype: torch.dtype, latents: int | None, runs: int, quick: bool, rows: int = 4, new: int = 30
-) -> None:
+def words_one(dtype: torch.dtype, latents: int | None, bench: Bench, rows: int = 4, new: int = 30) -> None:
     """The same, in one precision and for one K."""
-    ours, own, theirs, other = sides(latents, rows, quick, words=10)
+    ours, own, theirs, other = sides(latents, rows, bench.quick, words=10)
     ours.eval().to(dtype)
     theirs.eval().to(dtype)
     pixels = own["pixel_values"].to(dtype)
@@ -180,16 +176,19 @@ def write_one(
         return theirs.generate(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, do_sample=False, max_new_tokens=new,
             min_new_tokens=new, eos_token_id=2, pad_token_id=2,
-        )  # fmt: skip
+        )[:, ids.shape[1] :]  # fmt: skip
 
-    assert our_words().shape[1] == new and their_words().shape[1] == ids.shape[1] + new
-    paired(f"{new} words, batch {rows}, {str(dtype)[6:]}, K = {latents or 'N'}", their_words, our_words, runs)
+    def as_many(theirs: Tensor, ours: Tensor) -> bool:
+        return theirs.shape == ours.shape
+
+    name = f"{new} words, batch {rows}, {str(dtype)[6:]}, K = {latents or 'N'}"
+    bench.paired(name, their_words, our_words, as_many, dtype=dtype)
 
 
-def tiles(runs: int, quick: bool) -> None:
+def tiles(bench: Bench) -> None:
     """Two pictures of 5 tiles and two of 4."""
     torch.manual_seed(0)
-    model = our_model(USUAL, quick, sampling="anyres").eval()
+    model = our_model(USUAL, bench.quick, sampling="anyres").eval()
     grids = torch.tensor([[2, 2, 448, 448], [3, 1, 900, 300], [2, 2, 500, 480], [1, 3, 200, 600]])
     count = int((1 + grids[:, 0] * grids[:, 1]).sum())
     side = model.config.vision.image_size
@@ -204,15 +203,17 @@ def tiles(runs: int, quick: bool) -> None:
         base = torch.tensor([[0, 0, side, side]])
         return torch.cat([model.vision_runs(model.encode_image(one[None]), base)[0] for one in pixels])
 
-    # Not all numbers: alone, a tile does not know which of its tokens show black margins.
-    assert torch.allclose(at_once()[:USUAL], one_by_one()[:USUAL], atol=1e-4)
-    paired(f"{count} tiles of 4 pictures at once", one_by_one, at_once, runs)
+    def alike(theirs: Tensor, ours: Tensor) -> bool:
+        """Not all numbers: alone, a tile does not know which of its tokens show black margins."""
+        return torch.allclose(theirs[:USUAL], ours[:USUAL], atol=1e-4)
+
+    bench.paired(f"{count} tiles of 4 pictures at once", one_by_one, at_once, alike, dtype=torch.float32)
 
 
-def chat(runs: int, quick: bool, new: int = 20) -> None:
+def chat(bench: Bench, new: int = 20) -> None:
     """One picture of 5 tiles, 40 words, an answer, 20 words more."""
     torch.manual_seed(0)
-    model = our_model(USUAL, quick, sampling="anyres").eval()
+    model = our_model(USUAL, bench.quick, sampling="anyres").eval()
     vision = model.config.vision
     pixels = torch.randn(5, 3, vision.image_size, vision.image_size)
     grids = torch.tensor([[2, 2, 448, 448]])
@@ -243,56 +244,10 @@ def chat(runs: int, quick: bool, new: int = 20) -> None:
     def again() -> Tensor:
         return answer(read(torch.cat([first, said, more], dim=1)))
 
-    assert torch.equal(going_on(), again()), "both must say the same before they are timed"
-    paired("second answer of a chat, from the cache", again, going_on, runs)
+    bench.paired("second answer of a chat, from the cache", again, going_on, same_ids, dtype=torch.float32)
 
 
-def peak(side: str, quick: bool) -> None:
-    """Peak memory of this process after two training steps of 8 rows, in GB."""
-    vision = sizes(quick)[0]
-    tokens = USUAL if side == "ours" else tower_tokens(vision)
-    model: Any = their_model(quick) if side == "theirs" else our_model(tokens, quick)
-    image_id = model.config.image_token_index if side == "theirs" else model.image_token_id
-    batch = chats(8, tokens, image_id, 40, vision)
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
-    for _ in range(2):
-        optimizer.zero_grad()
-        (their_step if side == "theirs" else our_step)(model.train(), batch)
-        optimizer.step()
-    per_gb = 2**30 if sys.platform == "darwin" else 2**20
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gb:.2f}")
-
-
-def memory(quick: bool) -> None:
-    """Theirs / ours, and ours in GB."""
-    found = {}
-    for side in ("theirs", "ours-N", "ours"):
-        command = [sys.executable, __file__, "--only", side, *(["--quick"] if quick else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[side] = float(done.stdout)
-    for side, name in (("ours-N", "N"), ("ours", USUAL)):
-        label = f"peak memory of a training step, batch 8, K = {name}"
-        print(f"{label:56}{found['theirs'] / found[side]:6.2f}  (ours {found[side]:.2f} GB)", flush=True)
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=["train", "write", "tiles", "chat", "memory"])
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    for name in options.only:
-        if name in ("theirs", "ours", "ours-N"):
-            peak(name, options.quick)
-        elif name == "memory":
-            memory(options.quick)
-        else:
-            call = {"train": train, "write": write, "tiles": tiles, "chat": chat}[name]
-            call(options.runs, options.quick)
-
+ROWS = {"train": train, "words": words, "tiles": tiles, "chat": chat}
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, ROWS)

@@ -238,10 +238,7 @@ class Pipeline:
         return self.matcher.similarity(images, texts).numpy()
 
     def localize(self, image: Image, text: str, *, layer: int | None = None) -> Localization:
-        """Where the ITM head looks for each word of the text: Grad-CAM of cross-attention (see `models.localize`).
-
-        A word of several word pieces has the mean of their maps. Raises UserError: no word, or no such layer.
-        """
+        """Where the ITM head looks for each word of the text: Grad-CAM of cross-attention (see `models.localize`)."""
         self._require(isinstance(self.model, Blip) and self.model.config.encoder, "localisation")
         picture = open_image(image)
         tokens = self.tokens([clean_caption(text)])
@@ -270,7 +267,8 @@ class Pipeline:
         """(image_embeds [b, N, D], which images they are) batch by batch; the next batch is decoded meanwhile."""
 
         def pixels(part: slice) -> Tensor:
-            return torch.stack([self.transform(open_image(one)) for one in images[part]])
+            size = self.transform.draft_size  # what is larger may be decoded at a fraction of its size
+            return torch.stack([self.transform(open_image(one, draft_size=size)) for one in images[part]])
 
         parts = [
             slice(i, min(i + self.batch_size, len(images))) for i in range(0, len(images), self.batch_size)

@@ -5,14 +5,18 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from openblip.cli_shared import AS_USUAL, How, progress
+from openblip.cli_shared import AS_USUAL, HERE, How, Where, job_progress, progress
 
 if TYPE_CHECKING:
+    from openblip.curate.human import HumanRows
+    from openblip.data.shards import InShards
     from openblip.recipes import Recipe
+
+ASIDE = 3  # exit code of a job that is done but for some shards
 
 # Positional arguments, under the names that help shows them by.
 RecipeName = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]]
@@ -125,7 +129,7 @@ def train(
 def capfilt(
     data: str,
     out: Path,
-    captioner: str,
+    captioner: tuple[str, ...],
     filter: str,
     captions: int = 1,
     prompt: str | None = None,
@@ -137,19 +141,34 @@ def capfilt(
     captionless: bool = False,
     seed: int = 0,
     batch_size: int = 32,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    decoders: int = 1,
+    dedup: int | None = None,
+    min_words: int = 0,
+    max_words: int | None = None,
+    script: tuple[str, ...] = (),
+    max_bad_share: float = 0.1,
+    on: Where = HERE,
+    dry_run: bool = False,
+    price: float | None = None,
+    retry: bool = False,
+    anew: bool = False,
+    write: tuple[Literal["parquet", "webdataset", "uids"], ...] = ("parquet", "webdataset"),
     how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
     """Clean a web data set: write captions, judge web and written ones, keep what matches (BLIP §3.3).
 
-    `openblip bootstrap` makes captioner and filter itself, and the better model, in one round or several.
+    `openblip bootstrap` makes captioner and filter itself, and the better model, in one round or several. Interrupted,
+    the same call goes on; for what is finished no model is asked again. Exit code 3: done, but for shards that had
+    to be put aside.
 
     Args:
-        data: web pairs, any layout `openblip info` understands.
-        out: job folder: scores, report.html, and the cleaned data as parquet and webdataset tars.
-        captioner: a captioning model (folder or hub name).
+        data: web pairs, any layout `openblip info` understands; of tars or parquet files, each is a shard.
+        out: job folder: scores, progress.html, report.html, and the cleaned data as parquet and webdataset tars.
+        captioner: a captioning model (folder or hub name), or several: each writes its captions.
         filter: a retrieval model.
-        captions: written per picture.
+        captions: written per picture, by each captioner.
         prompt: begin of every written caption; the captioner's own if not given.
         top_p: of nucleus sampling.
         threshold: keep texts with at least this P(match); may be changed later without judging again.
@@ -160,38 +179,108 @@ def capfilt(
         captionless: take pictures without captions too; they get written ones only.
         seed: with a picture's id, decides what is sampled.
         batch_size: pictures at a time.
+        dtype: precision the models run in.
+        decoders: threads that read and decode while the models work, for each worker.
+        dedup: leave out pictures that look like an earlier one, by at most so many bits (0 to 8) of a perceptual hash.
+        min_words: of a kept text; like the threshold, this and the next two may be changed later.
+        max_words: of a kept text.
+        script: of at least 90% of its letters: latin, cyrillic, arabic, cjk, ...
+        max_bad_share: a shard with a larger share of unusable rows is put aside.
+        dry_run: work on 200 pictures, publish nothing, and say what all of them would take.
+        price: of a worker for an hour, for a dry run to say the cost.
+        retry: try shards again that were put aside.
+        anew: do shards again that were done with other models or settings; otherwise such a folder is refused.
+        write: what becomes of the kept texts; uids: of pairs whose web text is kept, as DataComp exchanges them.
         how: of `data`; `human` and `calibrate` are read as usual.
         json: print the counts as JSON.
     """
     from dataclasses import replace
 
-    from openblip.api import load
-    from openblip.curate import dataset, engine
-    from openblip.curate.capfilt import CapFilt, CapFiltConfig, fit_scale_on, nucleus
+    from openblip.curate import engine
+    from openblip.curate.capfilt import CapFiltConfig, nucleus
     from openblip.curate.human import HumanRows
-    from openblip.curate.report import write_report
+    from openblip.curate.job import job_folder
+    from openblip.curate.loading import NamedCapFilt
+    from openblip.curate.texts import TextRules
 
-    source = how.open(data, require_captions=not captionless)
-    out.mkdir(parents=True, exist_ok=True)
-    with progress("looking at the human pairs", json) as report:
-        extra = HumanRows(AS_USUAL.open(human), out / "bad_human_rows.jsonl", report) if human else None
+    on_ray = on.ray()
+    source: InShards = how.open_shards(data, require_captions=not captionless)
+    folder = job_folder(out)
     generation = replace(nucleus(), top_p=top_p, num_return_sequences=captions)
-    config, judge = CapFiltConfig(generation, prompt, seed), load(filter)
+    config = CapFiltConfig(generation, prompt, seed)
+    worker = NamedCapFilt(
+        [_absolute(name) for name in captioner], _absolute(filter), config, folder.resolve(), dtype
+    )
     if calibrate is not None:
-        held_out = HumanRows(AS_USUAL.open(calibrate), out / "bad_calibration_rows.jsonl")
+        held_out = HumanRows(AS_USUAL.open(calibrate), folder / "bad_calibration_rows.jsonl")
         with progress("fitting the filter's scale", json) as report:
-            config.scale = fit_scale_on(judge, held_out, report=report)
-    worker = CapFilt(load(captioner), judge, config)
-    with progress("writing and judging captions", json) as report:
-        result = engine.run(worker, source, out, batch_size=batch_size, progress=report)
+            worker.calibrate(held_out, report)
+    if dry_run:
+        from openblip.curate.estimate import estimate
+
+        found = estimate(worker, source, batch_size=batch_size, decoders=decoders, price=price)
+        print_answer(vars(found), json, found.text)
+        return
+    if dedup is not None:
+        from openblip.curate.dedup import deduplicate
+
+        with progress("hashing pictures", json) as report:
+            source, again = deduplicate(source, folder, dedup, workers=decoders, report=report)
+        print(f"{again:,} pictures look like an earlier one", file=sys.stderr)
+    with progress("looking at the human pairs", json) as report:
+        extra = HumanRows(AS_USUAL.open(human), folder / "bad_human_rows.jsonl", report) if human else None
+    with job_progress(json) as tell:
+        result = engine.run(
+            worker, source, folder, batch_size=batch_size, max_bad_share=max_bad_share, decoders=decoders,
+            threshold=threshold, ray=on_ray, anew=anew, retry=retry, progress=tell,
+        )  # fmt: skip
     rule: dict[str, Any] = {"rule": "itm", "threshold": threshold}
     if top_k is not None:
         rule = {"rule": "top_k", "k": top_k}
-    # Over what this command wrote before, perhaps at another threshold.
-    dataset.write_parquet(out, source, out / "parquet", human=extra, over=True, **rule)
-    dataset.write_webdataset(out, source, out / "webdataset", human=extra, over=True, **rule)
-    write_report(out, source, out / "report.html", threshold=threshold)
-    print_answer(vars(result), json, lambda: f"report: {out / 'report.html'}")
+    rules = TextRules(min_words, max_words, script)
+    rule["texts"] = None if rules == TextRules() else rules
+    made_of = [result.sha256, result.bad, str(rule), threshold, sorted(write), extra and extra.fingerprint]
+    _write_kept(folder, source, made_of, rule, threshold, write, extra)
+    print_answer(vars(result), json, lambda: f"report: {folder / 'report.html'}")
+    if result.aside:
+        name, reason = next(iter(result.aside.items()))
+        print(
+            f"openblip: {len(result.aside)} of {result.shards} shards were put aside ({name}: {reason}); "
+            f"{folder}/quarantine-*.json say why, --retry tries them again",
+            file=sys.stderr,
+        )
+        raise SystemExit(ASIDE)
+
+
+def _write_kept(
+    folder: Path,
+    source: "InShards",
+    made_of: list[Any],
+    rule: dict[str, Any],
+    threshold: float,
+    write: tuple[str, ...],
+    extra: "HumanRows | None",
+) -> None:
+    """Datasets and report, over what this command wrote before, unless that was made of the same."""
+    from openblip.curate import dataset
+    from openblip.curate.job import publish
+    from openblip.curate.report import write_report
+    from openblip.curate.uids import write_uids
+
+    places = {"parquet": "parquet", "webdataset": "webdataset", "uids": "uids.npy"}
+    there = all((folder / places[kind]).exists() for kind in write) and (folder / "report.html").exists()
+    stamp, now = folder / "written.json", as_json(made_of)
+    if there and stamp.is_file() and stamp.read_text(encoding="utf-8") == now:
+        return
+    stamp.unlink(missing_ok=True)
+    if "parquet" in write:
+        dataset.write_parquet(folder, source, folder / "parquet", human=extra, over=True, **rule)
+    if "webdataset" in write:
+        dataset.write_webdataset(folder, source, folder / "webdataset", human=extra, over=True, **rule)
+    if "uids" in write:
+        write_uids(folder, source, folder / "uids.npy", **rule)
+    write_report(folder, source, folder / "report.html", threshold=threshold, texts=rule["texts"])
+    publish(stamp, now.encode())
 
 
 def bootstrap(
@@ -208,6 +297,7 @@ def bootstrap(
     held_out: int = 0,
     seed: int = 0,
     batch_size: int = 32,
+    on: Where = HERE,
     how: How = AS_USUAL,
     json: bool = False,
 ) -> None:
@@ -245,7 +335,8 @@ def bootstrap(
     config = RoundsConfig(*recipes, worker, threshold, held_out)
     found = run_rounds(
         how.open(data), AS_USUAL.open(human), out, config,
-        rounds=rounds, model=model, batch_size=batch_size, say=lambda line: print(line, file=sys.stderr, flush=True),
+        rounds=rounds, model=model, batch_size=batch_size, ray=on.ray(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print_answer(found, json, lambda: f"model: {found[-1]['model']}")
 
@@ -263,6 +354,11 @@ def push(folder: ModelFolder, name: RepoName, private: bool = False, json: bool 
 
     url = push_to_hub(folder, name, private=private)
     print_answer({"url": url}, json, lambda: url)
+
+
+def _absolute(model: str) -> str:
+    """The path of a local model from wherever it is asked for; a name on the hub stays."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _name_of(data: str) -> str:

@@ -3,18 +3,22 @@ what was found as lines."""
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from openblip.config import UserError
 
 if TYPE_CHECKING:
+    from openblip.curate.engine_ray import RayOptions
+    from openblip.curate.progress import Progress
     from openblip.data.rows import BadRows
+    from openblip.data.shards import ShardFiles
     from openblip.data.sources import Source
 
 
@@ -40,9 +44,52 @@ class Reading:
 
         return open_source(data, **vars(self), require_captions=require_captions)
 
+    def open_shards(self, data: str, *, require_captions: bool = True) -> "Source | ShardFiles":
+        """The same, to be worked on in shards: tars and parquet files are listed, not opened."""
+        from openblip.data.shards import open_shards
+
+        return open_shards(data, **vars(self), require_captions=require_captions)
+
 
 How = Annotated[Reading, tyro.conf.arg(name="")]  # its options bear no prefix
 AS_USUAL = Reading()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where shards are worked on.
+
+    Args:
+        engine: this process, or Ray: the cluster that `ray start` began, or one of its own on this machine.
+        actors: Ray workers, each with its models.
+        max_actors: let Ray make more of them, up to this many, while shards are waiting.
+        cpus_per_actor: of each, and its number of threads.
+        gpus_per_actor: of each; 0.5 lets two share one.
+        address: of another Ray cluster.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    actors: int = 1
+    max_actors: int | None = None
+    cpus_per_actor: float = 1
+    gpus_per_actor: float = 0
+    address: str | None = None
+
+    def ray(self) -> "RayOptions | None":
+        """What it says of Ray; None: this process. Raises UserError: numbers or options that make no sense."""
+        from openblip.curate.engine_ray import RayOptions
+
+        if self.engine == "local":
+            if self != Engine():
+                raise UserError("--actors, --cpus-per-actor and the like are for --engine ray")
+            return None
+        return RayOptions(
+            self.actors, self.max_actors, self.cpus_per_actor, self.gpus_per_actor, self.address
+        )
+
+
+Where = Annotated[Engine, tyro.conf.arg(name="")]
+HERE = Engine()
 
 
 def check_file(path: Path, option: str = "--out") -> None:
@@ -104,3 +151,31 @@ def as_lines(values: dict[str, Any], indent: str = "") -> str:
                 f"{indent}{name}: {value:.4f}" if isinstance(value, float) else f"{indent}{name}: {value}"
             )
     return "\n".join(lines)
+
+
+@contextmanager
+def job_progress(json: bool = False) -> Iterator[Callable[["Progress"], None]]:
+    """The line of a job (`Progress.line`) on standard error: rewritten in place; in a file, a line every half minute.
+
+    Nothing with `json`.
+    """
+    from rich.console import Console
+
+    console, shown = Console(stderr=True), [0.0]
+
+    def report(state: "Progress") -> None:
+        every = 0.5 if console.is_terminal else 30.0
+        if json or (time.monotonic() - shown[0] < every and state.finished < state.shards):
+            return
+        shown[0] = time.monotonic()
+        if console.is_terminal:
+            console.file.write(f"\r\x1b[2K{state.line()}")
+            console.file.flush()
+        else:
+            print(state.line(), file=sys.stderr, flush=True)
+
+    try:
+        yield report
+    finally:
+        if console.is_terminal and shown[0]:
+            console.file.write("\n")

@@ -7,6 +7,7 @@ impossible value is an error that says where it stands and what would be right.
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -67,11 +68,18 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
     text = json.dumps(_plain(data, where, ()))
     try:
         # JSON mode, because strict Python mode would take no dict for a dataclass and no list for a tuple.
-        return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
+        found: T = _adapter(cls).validate_json(text, strict=True, extra="forbid")  # type: ignore[arg-type] # hashable
+        return found
     except ValidationError as error:
         mistakes = list(dict.fromkeys(_explain(cls, e) for e in error.errors(include_url=False)))
         more = f" (and {len(mistakes) - _SHOWN} more)" if len(mistakes) > _SHOWN else ""
         raise ConfigError(f"{where}: {'; '.join(mistakes[:_SHOWN])}{more}") from None
+
+
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    """Takes milliseconds to make, and a job has thousands of manifests."""
+    return TypeAdapter(cls)
 
 
 def save_json(obj: Any, path: str | Path) -> None:

@@ -49,11 +49,12 @@ class CardLine:
     kept: bool | None = None
 
 
-def page(title: str, body: str, *, subtitle: str = "") -> str:
-    """The whole document around `body`."""
+def page(title: str, body: str, *, subtitle: str = "", refresh: int | None = None) -> str:
+    """The whole document around `body`. refresh: seconds after which a browser loads it again."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh is not None else ""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width">\n'
+        f'<meta name="viewport" content="width=device-width">\n{again}'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
         f'<p class="soft">{escape(subtitle)}</p>\n{body}\n</body>\n</html>\n'
     )

@@ -44,7 +44,8 @@ from openblip.data.prompts import LmTokenizer
 from openblip.data.text import Tokenizer
 from openblip.data.transforms import ImageTransform
 from openblip.model_card import model_card
-from openblip.models.lm import LanguageModel, is_adapter
+from openblip.models.adapters import is_adapter
+from openblip.models.lm import LanguageModel
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 

@@ -20,8 +20,8 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "m
 REGISTRY_NAMES = {"PIL": "pillow", "lance": "pylance", "resvg_py": "resvg-py"}
 
 BRICKS = (
-    "models.layers models.vit models.text models.tower models.qformer models.tiling models.resampler models.temporal "
-    "models.decoding models.lm models.generation"
+    "models.layers models.memory models.vit models.text models.tower models.qformer models.tiling models.resampler "
+    "models.temporal models.adapters models.decoding models.lm models.generation"
 )
 PLUMBING = "train.config train.optim train.checkpoint train.distributed train.shard train.rng train.log train.signals"
 OPEN = "config data models convert hub"
@@ -39,7 +39,7 @@ IMPORTS = [
     ("data", "config data"),                               # data knows no model
     ("models.layers", "config"),                           # the lowest brick
     ("models.vit", "config models.layers"),                # bricks stand on layers alone
-    ("models.text", "config models.layers"),
+    ("models.text", "config models.layers models.memory"),
     ("models.tower", "models.vit"),                        # a tower, trained or frozen
     ("models.generation", "config"),                       # it sees a `step` callable and no model
     ("models.localize", f"{BRICKS} models.blip"),          # reads BLIP's cross-attention
@@ -73,7 +73,7 @@ IMPORTS = [
     ("eval", f"{USE} eval"),                               # a protocol measures what it is given
     ("curate", f"{USE} train recipes eval curate"),        # CapFilt trains, and serves nothing
     ("quickstart", f"{USE} train recipes eval curate search quickstart"),  # the main job, start to end
-    ("cli_shared", OPEN),                                  # parts of the roof
+    ("cli_shared", f"{OPEN} curate"),                      # parts of the roof
     ("cli_make", "*"),
     ("cli_chat", "*"),
     ("cli_convert", "*"),

@@ -64,6 +64,16 @@ def test_openblip_load_is_it():
     assert openblip.load is load
 
 
+def test_a_jpeg_of_many_times_the_size_is_decoded_at_a_fraction_of_it(blip, images):
+    """Of 640 px for a model of 32: nearly the vector of all its pixels, which an image of Pillow has."""
+    file = io.BytesIO()
+    images[2].resize((640, 640), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    found, whole = blip.embed_images([file.getvalue(), Image.open(file).convert("RGB")])
+    assert found @ whole > 0.999 and not np.array_equal(found, whole)
+    other = blip.embed_images(images[0])
+    assert found @ whole > other @ whole + 1e-4, "pictures differ more than that"
+
+
 def test_every_form_of_an_image_gives_the_same(blip, vqa, clip, forms):
     captions = blip.caption(forms, **SHORT)
     assert len(set(captions)) == 1 and captions[0]

@@ -18,8 +18,8 @@ from openblip.data.rows import Row
 from openblip.data.text import bert_uncased
 from openblip.eval.benchmarks import captioning, retrieval, vqa
 from openblip.hub import load_pretrained, save_pretrained
+from openblip.models.adapters import LoraSettings
 from openblip.models.int8 import Int8Linear
-from openblip.models.lm import LoraSettings
 from openblip.search.scan import scan
 from tests.data.test_prompts import byte_level
 from tests.models.tiny_lms import tiny_lm

@@ -231,6 +231,9 @@ def test_help_names_every_command_and_option_and_loads_no_torch():
             if parameter == "how":
                 assert "--image-root" in page and "folder that relative image paths start from" in page
                 continue
+            if parameter == "on":
+                assert "--cpus-per-actor" in page and "this process, or Ray" in page
+                continue
             option = f"--{parameter.replace('_', '-')}"
             shown = POSITIONAL.get(parameter, option) in page or option in page
             assert shown, f"{name}: {parameter} is not in its help"

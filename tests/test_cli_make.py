@@ -11,12 +11,14 @@ import pytest
 from openblip import cli
 from openblip.config import save_json
 from openblip.curate.capfilt import MatchScale
+from openblip.curate.engine_ray import RayOptions
 from openblip.data.sources import open_source
 from openblip.hub import load_pretrained
 from openblip.recipes import Recipe, recipe_named
 from openblip.train import stage
 from openblip.train.config import TrainConfig
-from tests.data.made import write_images
+from tests.curate.made import smooth
+from tests.data.made import tar_bytes, write, write_images
 from tests.tiny_models import picture_folder
 from tests.tiny_recipes import tiny_recipe
 
@@ -168,7 +170,9 @@ def test_bootstrap_hands_on_what_it_was_told(root, answer, monkeypatch, tmp_path
     ]
     assert [one["model"] for one in answer(*call, "--model", root / "blip")] == ["x", "y"]
     assert (told["web"], told["human"], told["rounds"], told["out"]) == (4, 8, 2, tmp_path)
-    assert told["model"] == str(root / "blip") and told["batch_size"] == 32
+    assert told["model"] == str(root / "blip") and told["batch_size"] == 32 and told["ray"] is None
+    answer(*call, "--engine", "ray", "--actors", 3)
+    assert told["ray"] == RayOptions(actors=3)
     config = told["config"]
     assert config.caption.train.max_steps == 5 and config.pretrain == recipe_named("small_pretrain")
     assert (config.threshold, config.capfilt.seed, config.capfilt.generation.num_return_sequences) == (
@@ -198,3 +202,71 @@ def test_train_takes_a_vocabulary_for_clip(root, answer, mistake, tmp_path):
     assert "vocabulary" in mistake(*call)
     assert answer(*call, "--tokenizer", root / "clip")["step"] == 1
     assert answer("info", tmp_path / "run/model")["model"] == "Clip"
+
+
+def web_tars(folder, count=3):
+    """Tars as img2dataset writes them, of two pictures each."""
+    for shard in range(count):
+        members = {}
+        for number in (2 * shard, 2 * shard + 1):
+            smooth(number, 48).save(folder / "one.png")
+            members[f"{number:04d}.png"] = (folder / "one.png").read_bytes()
+            members[f"{number:04d}.txt"] = f"a thing of number {number}".encode()
+        write(folder / f"web/{shard:05d}.tar", tar_bytes(members))
+    return folder / "web"
+
+
+def test_a_shard_put_aside_is_said_and_ends_with_3(root, answer, mistake, capsys, tmp_path):
+    write(web_tars(tmp_path) / "00001.tar", b"no tar")
+    call = ["capfilt", "--data", tmp_path / "web", "--out", tmp_path / "job", "--threshold", 0]
+    call += ["--captioner", root / "blip", "--filter", root / "filter", "--write", "webdataset", "uids"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*map(str, call), "--json"])
+        said = capsys.readouterr()
+        assert end.value.code == 3 and json.loads(said.out)["images"] == 4
+        assert "1 of 3 shards were put aside (00001: ReadError: truncated header)" in said.err
+    assert not (tmp_path / "job/parquet").exists() and len(np.load(tmp_path / "job/uids.npy")) == 4
+    assert len(open_source(tmp_path / "job/webdataset", cache_dir=tmp_path / "c")) == 4
+
+
+def test_a_finished_job_is_gone_through_without_a_model_or_a_picture(root, answer, monkeypatch, tmp_path):
+    web_tars(tmp_path)
+    call = ["capfilt", "--data", tmp_path / "web", "--out", tmp_path / "job"]
+    call += ["--captioner", root / "blip", "--filter", root / "filter"]
+    first = answer(*call, "--threshold", 0)
+    monkeypatch.setattr("openblip.curate.loading.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "job").glob("*/*")}
+    again = answer(*call, "--threshold", 0)
+    assert again["found_done"] == 3 and again["sha256"] == first["sha256"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "job").glob("*/*")} == before
+    assert answer(*call, "--top-k", 1)["found_done"] == 3, "another rule asks no model either"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "job").glob("*/*")} != before
+
+
+def test_a_dry_run_says_what_it_would_take(root, answer, capsys, tmp_path):
+    call = ["capfilt", "--data", web_tars(tmp_path), "--out", tmp_path / "job", "--dry-run", "--price", 3]
+    call += ["--captioner", root / "blip", root / "blip", "--filter", root / "filter"]
+    found = answer(*call)
+    assert (found["images"], found["shards"], found["samples"]) == (6, 3, 6) and found["cost"] > 0
+    assert not list((tmp_path / "job").glob("scores-*"))
+    cli.main([*map(str, call)])
+    assert "about 6 usable pictures in 3 shards" in capsys.readouterr().out
+
+
+def test_options_of_ray_want_the_engine(root, mistake, tmp_path):
+    call = ["capfilt", "--data", root / "data", "--out", tmp_path / "job"]
+    call += ["--captioner", root / "blip", "--filter", root / "filter"]
+    assert "are for --engine ray" in mistake(*call, "--actors", 2)
+    assert "actors is at least 1" in mistake(*call, "--engine", "ray", "--actors", 0)
+
+
+def test_copies_and_short_texts_are_left_out(root, answer, tmp_path):
+    web = web_tars(tmp_path)
+    write(web / "00003.tar", (web / "00000.tar").read_bytes())
+    call = ["capfilt", "--data", web, "--out", tmp_path / "job", "--threshold", 0, "--dedup", 0]
+    call += ["--captioner", root / "blip", "--filter", root / "filter", "--write", "webdataset"]
+    found = answer(*call, "--min-words", 5, "--script", "latin")
+    assert (found["shards"], found["images"]) == (4, 6)
+    kept = open_source(tmp_path / "job/webdataset", cache_dir=tmp_path / "c")
+    assert all(len(text.split()) >= 5 for row in kept for text in row.captions) and len(kept) == 6

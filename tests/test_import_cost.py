@@ -18,6 +18,7 @@ HEAVY = (
     "tyro",
     "rich",
     "lancedb",
+    "ray",
 )
 
 
@@ -52,3 +53,8 @@ def test_a_lazy_name_is_the_real_one_and_an_unknown_name_is_an_error():
     assert set(openblip.__all__) <= set(dir(openblip))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = openblip.lode
+
+
+def test_the_engines_load_without_ray():
+    loaded = loaded_after("import openblip.curate.engine")
+    assert "torch" in loaded and loaded.isdisjoint({"ray", "imagehash", "scipy"})

@@ -114,8 +114,9 @@ def save_blip3(
     With a `source`, the language model is put into that folder, and only named in the other.
     """
     from openblip.convert.lm import load_lm
+    from openblip.models.adapters import LoraSettings
     from openblip.models.blip3 import Blip3, Blip3Config
-    from openblip.models.lm import LanguageModel, LmConfig, LoraSettings
+    from openblip.models.lm import LanguageModel, LmConfig
     from openblip.models.resampler import ResamplerConfig
     from tests.models.tiny_lms import CONFIGS
 

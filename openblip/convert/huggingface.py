@@ -38,12 +38,13 @@ from openblip.convert import huggingface_config as configs
 from openblip.convert import huggingface_names as tables
 from openblip.convert.layout import COUNTED, Layout, Names, Tensors, their_names
 from openblip.convert.weights import empty_model, tied_names
+from openblip.models.adapters import merged_state, without_adapter
 from openblip.models.blip import Blip
 from openblip.models.blip2 import Blip2
 from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
-from openblip.models.lm import LanguageModel, merged_state, without_adapter
+from openblip.models.lm import LanguageModel
 from openblip.models.vit import VisionTransformer
 
 _NO_TEMPERATURE = {

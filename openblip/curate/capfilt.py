@@ -83,6 +83,7 @@ class ScoredText:
     itc: float  # cosine of the ITC features
     match: float  # what is decided by: `itm`, unless the job has a `MatchScale`
     seed: int | None  # what a synthetic text was sampled with
+    captioner: str | None = None  # hash of the model that wrote it; None: of the web
 
     def record(self) -> dict[str, Any]:
         """As a dict, for a table."""
@@ -147,29 +148,41 @@ def fit_match_scale(
     return MatchScale(float(itm), float(itc), float(beta[1] - itm * mean[0] - itc * mean[1]))
 
 
-class CapFilt:
-    """Captioner and filter at work on one batch of web images after the other.
+@dataclass(frozen=True)
+class Written:
+    """A text by a captioner (its hash), and what it was sampled with."""
 
-    features: what the vision tower made of the pictures, if both models have the same frozen one.
+    text: str
+    seed: int
+    captioner: str
+
+
+class CapFilt:
+    """Captioners and filter at work on one batch of web images after the other.
+
+    captioner: one, or several, each of which writes its own captions, whose texts stand in their order.
+    features: what the vision tower made of the pictures, if all models have the same frozen one.
     Raises UserError for a captioner that cannot write or a filter that cannot judge.
     """
 
     def __init__(
         self,
-        captioner: Pipeline,
+        captioner: Pipeline | Sequence[Pipeline],
         filter: Pipeline,
         config: CapFiltConfig | None = None,
         *,
         features: FeatureCache | None = None,
     ) -> None:
-        if not captioner.can_caption:
+        self.captioners = [captioner] if isinstance(captioner, Pipeline) else list(captioner)
+        if not self.captioners or not all(one.can_caption for one in self.captioners):
             raise UserError("captioner: this model has no text decoder; give a captioning model")
         if not filter.can_match:
             raise UserError("filter: this model has no ITM head; give a retrieval model")
-        self.captioner, self.filter = captioner, filter
+        self.filter = filter
         self.config = config or CapFiltConfig()
-        self.models = {"captioner": weights_hash(captioner), "filter": weights_hash(filter)}
-        self.one_tower = vision_hash(captioner) == vision_hash(filter)
+        self.models = model_names([weights_hash(one) for one in self.captioners], weights_hash(filter))
+        self._towers = [(vision_hash(one), one.transform) for one in (*self.captioners, filter)]
+        self.one_tower = len({tower for tower, _ in self._towers}) == 1
         if features is not None and not self.one_tower:
             raise UserError(
                 "features: captioner and filter have different vision towers, so no cache serves both"
@@ -177,51 +190,94 @@ class CapFilt:
         self.features = features
 
     @property
+    def captioner(self) -> Pipeline:
+        """The first of them."""
+        return self.captioners[0]
+
+    @property
+    def draft_size(self) -> int:
+        """The `draft_size` for `open_image` that is enough for all models."""
+        return max(transform.draft_size for _, transform in self._towers)
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the outcome depends on besides the data: both models' weights, and the configuration."""
+        """What the outcome depends on besides the data: the models' weights, and the configuration."""
         return {**self.models, "config": to_dict(self.config)}
 
-    def __call__(self, rows: Sequence[Row], embeds: tuple[Tensor, Tensor]) -> list[ScoredText]:
-        """Write captions for a batch of images and score them beside the web's.
+    def load(self) -> "CapFilt":
+        """Itself: its models are there. See `loading.NamedCapFilt`."""
+        return self
 
-        embeds: image_embeds [B, N, D] of the captioner's tower and of the filter's (see `embed`). Texts come
-        image by image, the web's first; an image's own result does not depend on the batch it is in.
-        What the captioner wrote twice is there once, what it left blank not at all.
+    def __call__(self, rows: Sequence[Row], embeds: Sequence[Tensor]) -> list[ScoredText]:
+        """Write captions for a batch of images and score them beside the web's: `write`, then `score`.
+
+        Texts come image by image, the web's first; an image's own result does not depend on the batch it is in.
+        """
+        return self.score(rows, self.write(rows, embeds), embeds)
+
+    def write(self, rows: Sequence[Row], embeds: Sequence[Tensor]) -> list[list[Written]]:
+        """The captions of each image, from what `embed` gave.
+
+        What the captioners wrote twice is there once, what they left blank not at all.
         """
         seeds = [seed_of(row.id, self.config.seed) for row in rows]
-        written = self.captioner.caption_embeds(embeds[0], self.config.prompt, self.config.generation, seeds)
-        texts: list[list[tuple[Kind, str, int | None]]] = [
-            [("web", text, None) for text in row.captions]
-            + [("synthetic", text, seed) for text in dict.fromkeys(own) if text.strip()]
-            for row, own, seed in zip(rows, written, seeds, strict=True)
+        found: list[dict[str, Written]] = [{} for _ in rows]
+        hashes = [name for key, name in self.models.items() if key != "filter"]
+        for captioner, name, seen in zip(self.captioners, hashes, embeds, strict=False):
+            written = captioner.caption_embeds(seen, self.config.prompt, self.config.generation, seeds)
+            for of, texts, seed in zip(found, written, seeds, strict=True):
+                for text in texts:
+                    if text.strip():
+                        of.setdefault(text, Written(text, seed, name))
+        return [list(of.values()) for of in found]
+
+    def score(
+        self, rows: Sequence[Row], written: Sequence[Sequence[Written]], embeds: Sequence[Tensor]
+    ) -> list[ScoredText]:
+        """The web's texts and the written ones as the filter judges them."""
+        texts: list[list[tuple[Kind, str, int | None, str | None]]] = [
+            [("web", text, None, None) for text in row.captions]
+            + [("synthetic", one.text, one.seed, one.captioner) for one in own]
+            for row, own in zip(rows, written, strict=True)
         ]
         scored: list[ScoredText] = []
         if not any(texts):
             return scored
-        found = self.filter.match_ragged(embeds[1], [[text for _, text, _ in of] for of in texts])
+        found = self.filter.match_ragged(embeds[-1], [[text for _, text, _, _ in of] for of in texts])
         for row, of, judged in zip(rows, texts, found, strict=True):
             match = self.config.scale(judged.probability, judged.cosine)
-            for (kind, text, seed), itm, itc, p in zip(
+            for (kind, text, seed, captioner), itm, itc, p in zip(
                 of, judged.probability, judged.cosine, match, strict=True
             ):
-                scored.append(ScoredText(row.id, kind, text, float(itm), float(itc), float(p), seed))
+                scored.append(
+                    ScoredText(row.id, kind, text, float(itm), float(itc), float(p), seed, captioner)
+                )
         return scored
 
-    def embed(self, rows: Sequence[Row], images: Sequence[Any] | None = None) -> tuple[Tensor, Tensor]:
-        """image_embeds [B, N, D] of rows as each model sees them, from `images` (or the rows' own pictures).
+    def embed(self, rows: Sequence[Row], images: Sequence[Any] | None = None) -> tuple[Tensor, ...]:
+        """image_embeds [B, N, D] as each captioner sees the rows, then as the filter does.
 
-        Cached features are looked up instead; pictures are encoded once if both models share tower and
-        transform.
+        images: the rows' pictures, if they are opened already. Cached features are looked up instead; models that
+        share tower and transform look once.
         """
         if self.features is not None:
             seen = torch.stack([self.features.lookup(picture_key(row)) for row in rows])
             seen = seen.to(self.captioner.device, self.captioner.dtype)
-            return seen, seen
+            return (seen,) * len(self._towers)
         images = [row.image for row in rows] if images is None else images
-        seen = torch.cat([part for part, _ in self.captioner.encoded(images)])
-        if self.one_tower and self.captioner.transform == self.filter.transform:
-            return seen, seen
-        return seen, torch.cat([part for part, _ in self.filter.encoded(images)])
+        encoded: dict[Any, Tensor] = {}
+        for tower, pipeline in zip(self._towers, (*self.captioners, self.filter), strict=True):
+            if tower not in encoded:
+                encoded[tower] = torch.cat([part for part, _ in pipeline.encoded(images)])
+        return tuple(encoded[tower] for tower in self._towers)
+
+
+def model_names(captioners: Sequence[str], filter: str) -> dict[str, str]:
+    """Hashes by part: `captioner`, of several `captioner2` and so on, and `filter`."""
+    names = {
+        f"captioner{number or ''}": one for number, one in zip((0, *range(2, 100)), captioners, strict=False)
+    }
+    return {**names, "filter": filter}
 
 
 def keep_matching(texts: Sequence[ScoredText], threshold: float = 0.5) -> list[bool]:

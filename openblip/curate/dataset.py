@@ -8,6 +8,7 @@ source, byte by byte; each of its captions says where it came from and what the 
 picture without a kept caption is left out.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -24,9 +25,11 @@ import pyarrow.parquet as pq
 
 from openblip.config import UserError
 from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
-from openblip.curate.engine import SCHEMA, ShardManifest, manifests, publish, scores_path
+from openblip.curate.job import SCHEMA, ShardManifest, manifests, publish, quarantined, scores_path, writing
+from openblip.curate.texts import TextRules
+from openblip.data.row_range import Rows
 from openblip.data.rows import Row
-from openblip.data.sources import Source
+from openblip.data.shards import InShards
 
 Rule = Literal["itm", "top_k"]
 
@@ -86,18 +89,25 @@ class _Sample:
 
 
 def scores(job: str | Path) -> pa.Table:
-    """All scored texts of a job, finished or not, in the order of the shards' names: `engine.SCHEMA`.
+    """All scored texts of a job, finished or not, in the order of the shards' names: `job.SCHEMA`.
 
     Raises:
         UserError: there is no finished shard in the folder, or a file of scores is lost or unreadable.
     """
-    return pa.concat_tables([_shard_scores(job, manifest) for manifest in _finished(job)])
+    return pa.concat_tables([shard_scores(job, manifest) for manifest in _finished(job)])
 
 
-def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int = 2) -> pa.Table:
+def decide(
+    table: pa.Table,
+    rule: Rule = "itm",
+    threshold: float = 0.5,
+    k: int = 2,
+    texts: TextRules | None = None,
+) -> pa.Table:
     """The table with a column `kept`.
 
     rule: "itm" keeps P(match) ≥ threshold (BLIP §3.3); "top_k" the k best of an image by ITC (BLIP-2 §3.4).
+    texts: what breaks these rules is not kept, and takes no place among the k.
 
     Raises:
         UserError: an unknown rule, a threshold outside 0…1, k below 1.
@@ -107,9 +117,11 @@ def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int =
     if not 0 <= threshold <= 1 or k < 1:
         raise UserError(f"threshold is within 0 and 1 and k at least 1, got {threshold} and {k}")
     names = [field.name for field in fields(ScoredText)]
-    texts = [ScoredText(**line) for line in table.select(names).to_pylist()]
-    kept = keep_matching(texts, threshold) if rule == "itm" else keep_best(texts, k)
-    column = pa.array(kept, pa.bool_())
+    scored = [ScoredText(**line) for line in table.select(names).to_pylist()]
+    allowed = [texts is None or texts.allows(one.text) for one in scored]
+    chosen = [one for one, good in zip(scored, allowed, strict=True) if good]
+    decisions = iter(keep_matching(chosen, threshold) if rule == "itm" else keep_best(chosen, k))
+    column = pa.array([good and next(decisions) for good in allowed], pa.bool_())
     if "kept" in table.column_names:
         return table.set_column(table.column_names.index("kept"), "kept", column)
     return table.append_column("kept", column)
@@ -117,12 +129,13 @@ def decide(table: pa.Table, rule: Rule = "itm", threshold: float = 0.5, k: int =
 
 def write_parquet(
     job: str | Path,
-    source: Source,
+    source: InShards,
     out: str | Path,
     *,
     rule: Rule = "itm",
     threshold: float = 0.5,
     k: int = 2,
+    texts: TextRules | None = None,
     human: Iterable[Row] | None = None,
     over: bool = False,
 ) -> Written:
@@ -132,7 +145,7 @@ def write_parquet(
         job: a finished job. source: what it was made of.
         out: a new folder; it appears when it is complete. over: or that of a dataset written before, which is there
             until then.
-        rule, threshold, k: see `decide`.
+        rule, threshold, k, texts: see `decide`.
         human: rows people vouch for, added unchanged and with kind "human": `human.HumanRows` of a second source.
 
     Raises:
@@ -156,17 +169,19 @@ def write_parquet(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, human, over)
+    with writing(Path(out)):
+        return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
 
 
 def write_webdataset(
     job: str | Path,
-    source: Source,
+    source: InShards,
     out: str | Path,
     *,
     rule: Rule = "itm",
     threshold: float = 0.5,
     k: int = 2,
+    texts: TextRules | None = None,
     human: Iterable[Row] | None = None,
     over: bool = False,
 ) -> Written:
@@ -184,25 +199,30 @@ def write_webdataset(
             file.flush()
             os.fsync(file.fileno())
 
-    return _write(job, source, Path(out), write, rule, threshold, k, human, over)
+    with writing(Path(out)):
+        return _write(job, source, Path(out), write, rule, threshold, k, texts, human, over)
 
 
-def check_job(job: str | Path, source: Source) -> list[ShardManifest]:
-    """The manifests of a job, in the order of the source's shards.
+def check_job(job: str | Path, source: InShards) -> list[ShardManifest]:
+    """The manifests of a job, in the order of the source's shards; those in quarantine have none.
 
     Raises:
         UserError: it is the job of another source, or not finished.
     """
     done = {manifest.shard: manifest for manifest in _finished(job)}
-    if any(manifest.fingerprint["source"] != source.fingerprint for manifest in done.values()):
+    names = [shard.name for shard in source.shards()]
+    made_of = {name: manifest.fingerprint["source"] for name, manifest in done.items()}
+    if not made_of.keys() <= set(names) or any(made_of[name] != source.identity(name) for name in made_of):
         raise UserError(f"{job}: this job was not made of {source.path} as it is now; open the same source")
-    missing = [shard.name for shard in source.shards() if shard.name not in done]
-    if missing:
-        raise UserError(
-            f"{job}: {len(missing)} of {len(source.shards())} shards are not done (the first: {missing[0]}); "
-            "run the job again, it goes on"
-        )
-    return [done[shard.name] for shard in source.shards()]
+    models = [{**manifest.fingerprint, "source": ""} for manifest in done.values()]
+    aside = {one.shard for one in quarantined(job)}
+    missing = [name for name in names if name not in done and name not in aside]
+    if missing or any(one != models[0] for one in models):
+        what = f"{len(missing)} of {len(names)} shards are not done (the first: {missing[0]})" if missing else (
+            "some shards were done with other models or settings than others"
+        )  # fmt: skip
+        raise UserError(f"{job}: {what}; run the job again, it goes on")
+    return [done[name] for name in names if name in done]
 
 
 def picture_bytes(row: Row) -> bytes:
@@ -226,27 +246,30 @@ def _finished(job: str | Path) -> list[ShardManifest]:
     return found
 
 
-def _shard_scores(job: str | Path, manifest: ShardManifest) -> pa.Table:
+def shard_scores(job: str | Path, manifest: ShardManifest) -> pa.Table:
+    """The scored texts of one shard: `job.SCHEMA`.
+
+    Raises UserError: the file is lost, or not the one that its manifest speaks of.
+    """
     path = scores_path(job, manifest.shard)
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()), schema=SCHEMA)
-    except (OSError, pa.ArrowException) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(f"{path}: scores cannot be read ({error}); run the job again") from None
-    if len(table) != manifest.texts:
-        raise UserError(
-            f"{path}: has {len(table)} texts, its manifest says {manifest.texts}; run the job again"
-        )
-    return table
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise UserError(f"{path}: is damaged, its manifest has another hash; delete it and run the job again")
+    return pq.read_table(pa.BufferReader(content), schema=SCHEMA)
 
 
 def _write(
     job: str | Path,
-    source: Source,
+    source: InShards,
     out: Path,
     write: Callable[[Path, list[_Sample]], None],
     rule: Rule,
     threshold: float,
     k: int,
+    texts: TextRules | None,
     human: Iterable[Row] | None,
     over: bool,
 ) -> Written:
@@ -269,9 +292,9 @@ def _write(
         counts.update(entry["kind"] for sample in samples for entry in sample.provenance)
 
     for manifest in done:
-        table = decide(_shard_scores(job, manifest), rule, threshold, k)
+        table = decide(shard_scores(job, manifest), rule, threshold, k, texts)
         seen += manifest.images
-        if samples := list(_web_samples(table, source)):
+        if samples := list(_web_samples(table, source.part(manifest.shard))):
             write_file(samples)
     left_out = seen - images
     if not images:
@@ -285,7 +308,7 @@ def _write(
             waiting = []
     if waiting:
         write_file(waiting)
-    card = _card(done[0], rule, threshold, k, images, counts, left_out)
+    card = _card(done[0], rule, threshold, k, texts, images, counts, left_out)
     publish(part / "README.md", card.encode())
     if out.exists():
         out.rename(old)
@@ -299,7 +322,7 @@ def _is_ours(folder: Path) -> bool:
     return card.is_file() and card.read_text(encoding="utf-8").startswith(_TITLE)
 
 
-def _web_samples(table: pa.Table, source: Source) -> Iterator[_Sample]:
+def _web_samples(table: pa.Table, rows: Rows) -> Iterator[_Sample]:
     """The pictures of a shard that have a kept caption; the web's captions come first."""
     kept: dict[str, list[dict[str, Any]]] = {}
     for line in table.filter(table.column("kept")).to_pylist():
@@ -307,7 +330,7 @@ def _web_samples(table: pa.Table, source: Source) -> Iterator[_Sample]:
     for lines in kept.values():
         different = {line["text"]: line for line in reversed(lines)}  # of equal texts the first
         lines = [line for line in lines if different[line["text"]] is line]
-        row = source[lines[0]["row"]]
+        row = rows[lines[0]["row"]]
         provenance = [{name.name: line[name.name] for name in _CAPTION} for line in lines]
         yield _Sample(row.id, picture_bytes(row), [line["text"] for line in lines], provenance, row.split)
 
@@ -345,12 +368,15 @@ def _card(
     rule: Rule,
     threshold: float,
     k: int,
+    texts: TextRules | None,
     images: int,
     counts: Counter[str],
     left_out: int,
 ) -> str:
     """README.md of a dataset: how it was made."""
     rule_text = f"P(match) ≥ {threshold:g}" if rule == "itm" else f"the {k} best of an image by ITC"
+    if texts is not None:
+        rule_text += f", of texts that keep {texts}"
     kinds = "\n".join(f"| {kind} captions | {count} |" for kind, count in sorted(counts.items()))
     facts = json.dumps(manifest.fingerprint, indent=2, ensure_ascii=False)
     return f"""{_TITLE}

@@ -1,80 +1,56 @@
 """The job around CapFilt: a source in, shard by shard, scored texts out; interrupted at any time, it goes on.
 
-A job is a folder:
-
-    scores-<shard>.parquet   one line per text: `SCHEMA`
-    scores-<shard>.json      its manifest: the shard is done. Written last
-    bad_rows.jsonl           rows and pictures that could not be used: reason, where, detail
-
-Both files of a shard are written beside and renamed, so what bears the name is whole. A shard's own result
-depends on nothing but the models, the configuration and the source, all of which are in the manifest.
+`run` decides which shards are to do and counts what becomes of them. The work itself is `shard.process_shard`, here
+or, by `engine_ray`, in actors on many machines: the same function, the same files (see `job`).
 """
 
+import contextlib
 import hashlib
-import io
+import itertools
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
-
-from openblip.config import UserError, differences, load_json, to_dict
+from openblip.config import UserError, to_dict
 from openblip.curate.capfilt import CapFilt
-from openblip.data.collate import picture_key
-from openblip.data.image import BadImage, open_image
-from openblip.data.loader import prefetch
-from openblip.data.rows import BadRow, BadRows, Row
-from openblip.data.sources import Shard, Source
-
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),  # its number in the source
-        ("id", pa.string()),  # of the image
-        ("where", pa.string()),  # file and line of the row
-        ("image", pa.string()),  # path; null if the source holds the bytes
-        ("kind", pa.string()),  # "web" or "synthetic"
-        ("text", pa.string()),
-        ("itm", pa.float64()),  # P(match) of the ITM head
-        ("itc", pa.float64()),  # cosine
-        ("match", pa.float64()),  # P(match), of the heads `CapFiltConfig.scale` names: what is decided by
-        ("seed", pa.int64()),  # of a synthetic text; null for the web's
-        ("captioner", pa.string()),  # hash of the model
-        ("filter", pa.string()),
-    ]
+from openblip.curate.engine_ray import RayOptions, on_ray
+from openblip.curate.job import (
+    Quarantine,
+    ShardManifest,
+    is_whole,
+    job_folder,
+    manifests,
+    publish,
+    quarantined,
+    refuse_other,
 )
+from openblip.curate.progress import Progress
+from openblip.curate.shard import Outcome, Work, open_shard, process_shard
+from openblip.data.loader import prefetch
+from openblip.data.shards import InShards
+
+IN_A_ROW = 10  # shards put aside without one done in between: it is not the shards
 
 
-@dataclass(frozen=True)
-class BadEntry:
-    """A row that could not be used."""
+class Loadable(Protocol):
+    """A `CapFilt`, or a `NamedCapFilt`, which becomes one."""
 
-    reason: str
-    where: str
-    detail: str
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
 
-
-@dataclass(frozen=True)
-class ShardManifest:
-    """What is known of a finished shard. rows: looked at, good and bad; sha256: of the parquet file."""
-
-    shard: str
-    rows: int
-    images: int
-    texts: int
-    sha256: str
-    fingerprint: dict[str, Any]
-    bad: list[BadEntry] = field(default_factory=list)
+    def load(self) -> CapFilt: ...
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """A finished job. `found_done` of its `shards` had been finished before; `bad` counts rows by reason."""
+    """A finished job. `found_done` of its `shards` had been finished before; `bad` counts rows by reason.
+
+    aside: shards in quarantine, and why; seconds: of each phase (`shard.PHASES`), of this run; images_per_second: of
+    this run; sha256: of all scores together.
+    """
 
     folder: Path
     shards: int
@@ -83,195 +59,158 @@ class JobResult:
     images: int
     texts: int
     bad: dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows start to stop of the source, opened; `numbers` says which of them are good."""
-
-    start: int
-    stop: int
-    numbers: list[int]
-    rows: list[Row]
-    images: list[Image.Image] | None  # None: features are looked up instead
-    bad: list[BadEntry]
+    aside: dict[str, str]
+    seconds: dict[str, float]
+    images_per_second: float
+    sha256: str
 
 
 def run(
-    capfilt: CapFilt,
-    source: Source,
+    capfilt: Loadable,
+    source: InShards,
     out: str | Path,
     *,
     batch_size: int = 32,
     max_bad_share: float = 0.1,
-    progress: Callable[[int, int], None] | None = None,
+    decoders: int = 1,
+    threshold: float = 0.5,
+    ray: RayOptions | None = None,
+    anew: bool = False,
+    retry: bool = False,
+    progress: Callable[[Progress], None] | None = None,
 ) -> JobResult:
     """Caption and score every picture of a source. Shards that are done already cost no model call.
 
+    A shard that cannot be worked on (its file is broken, too many of its rows are bad, a model fails at it) is put
+    aside with its reason, and the others go on; a later call leaves it there, or tries it again with `retry`.
+
     Args:
-        out: the job's folder, new or that of an interrupted run.
-        max_bad_share: the share of rows or pictures that may be unusable (judged from 100 rows on).
-        progress: called with (rows done, rows in all) after each batch.
+        capfilt: loaded if a shard is to be done, and not before.
+        out: the job's folder, new or that of an interrupted run; on Ray, one that all machines share.
+        max_bad_share: the share of a shard's rows or pictures that may be unusable (of 100 rows or more).
+        decoders: threads that read and decode pictures while the model works.
+        threshold: what `progress` calls noise: web texts below this P(match). It changes no result.
+        ray: work on Ray instead of in this process.
+        anew: do shards again that were done with other models, another configuration or other rows, instead of
+            refusing the folder.
+        progress: called after each batch of this process, and after each shard.
 
     Raises:
-        UserError: the folder holds a job with other models, another configuration or source; too many bad
-            rows; no usable picture at all.
+        UserError: the folder holds a job with other models, another configuration or source; no usable picture at
+            all; ten shards in a row had to be put aside; the folder takes no more.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is at least 1, got {batch_size}")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = json.loads(json.dumps({**capfilt.fingerprint, "source": source.fingerprint}))
-    before = manifests(folder)
-    for manifest in before:
-        refuse_other(manifest.fingerprint, fingerprint, folder)
-    for left_behind in folder.glob(".*.part"):  # by a run that was killed while writing
-        left_behind.unlink()
-    done = {manifest.shard: manifest for manifest in before if _is_whole(folder, manifest)}
+    if batch_size < 1 or decoders < 1:
+        raise UserError(f"batch_size and decoders are at least 1, got {batch_size} and {decoders}")
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"max_bad_share is a share between 0 and 1, got {max_bad_share}")
+    folder = job_folder(out)
+    names = [shard.name for shard in source.shards()]
+    base = json.loads(json.dumps(capfilt.fingerprint))
+    done, aside = _survey(folder, source, names, base, anew)
+    if retry:
+        aside = {}
+    _list_bad(folder, names, done)  # also shows that the folder can be written, before the models are asked
+    for left_behind in itertools.chain(folder.glob(".*.part"), folder.glob(".claim-*")):  # by a killed run
+        left_behind.unlink(missing_ok=True)
 
-    shards = source.shards()
-    bad = BadRows(folder / "bad_rows.jsonl", max_bad_share)
-    bad.saw(sum(manifest.rows for manifest in done.values()))
-    bad.counts = Counter(entry.reason for manifest in done.values() for entry in manifest.bad)
-    _list_bad(folder, shards, done)  # an interrupted run had begun to list more
-    waiting = [shard for shard in shards if shard.name not in done]
-    pieces = [
-        (start, min(start + batch_size, shard.stop))
-        for shard in waiting
-        for start in range(shard.start, shard.stop, batch_size)
-    ]
-    # One thread decodes, across the borders of shards, while the model works.
-    batches = prefetch(lambda piece: _open_batch(capfilt, source, *piece), pieces, workers=1)
-    try:
-        for shard in waiting:
-            records: list[dict[str, Any]] = []
-            entries: list[BadEntry] = []
-            images = 0
-            for start in range(shard.start, shard.stop, batch_size):
-                batch = next(batches)
-                assert batch.start == start
-                bad.saw(batch.stop - batch.start)
-                for entry in batch.bad:
-                    bad.add(entry.reason, entry.where, entry.detail)
-                records += _judge(capfilt, batch)
-                entries += batch.bad
-                images += len(batch.rows)
-                if progress is not None:
-                    progress(bad.seen, len(source))
-            done[shard.name] = _publish_shard(folder, shard, records, images, entries, fingerprint)
-    finally:
-        batches.close()
-    _list_bad(folder, shards, done)
+    rows = len(source) if isinstance(source, Sized) else None
+    state = Progress(len(names), rows, threshold)
+    state.found(done.values(), aside.values())
+    found_done = len(done)
+    waiting = [name for name in names if name not in done and name not in aside]
+    title = f"CapFilt over {source.path}"
+
+    def tell(rows_in_work: int = 0) -> None:
+        state.in_work = rows_in_work
+        state.show(folder, title)
+        if progress is not None:
+            progress(state)
+
+    work = Work(folder, batch_size, max_bad_share, decoders)
+    if ray is not None and waiting:
+        outcomes = on_ray(capfilt, source, waiting, work, ray)
+    else:
+        outcomes = _here(capfilt, source, waiting, work, tell)
+    failures = 0
+    with contextlib.closing(outcomes):
+        for outcome in outcomes:
+            state.add(outcome)
+            if outcome.done is not None:
+                done[outcome.done.shard] = outcome.done
+            elif outcome.aside is not None:
+                aside[outcome.aside.shard] = outcome.aside
+            failures = 0 if outcome.done is not None else failures + 1
+            tell()
+            if failures >= IN_A_ROW and outcome.aside is not None:
+                raise UserError(
+                    f"{folder}: {failures} shards in a row had to be put aside, so the job ends here; the last, "
+                    f"{outcome.aside.shard}: {outcome.aside.reason}; retry (--retry) tries them again"
+                )
+    _list_bad(folder, names, done)
+    state.show(folder, title, last=True)
     result = JobResult(
         folder,
-        shards=len(shards),
-        found_done=len(shards) - len(waiting),
+        shards=len(names),
+        found_done=found_done,
         rows=sum(manifest.rows for manifest in done.values()),
         images=sum(manifest.images for manifest in done.values()),
         texts=sum(manifest.texts for manifest in done.values()),
-        bad=dict(bad.counts),
+        bad=dict(Counter(entry.reason for manifest in done.values() for entry in manifest.bad)),
+        aside={name: aside[name].reason for name in sorted(aside)},
+        seconds=state.seconds,
+        images_per_second=state.images_per_second if waiting else 0.0,
+        sha256=hashlib.sha256(
+            "".join(done[name].sha256 for name in names if name in done).encode()
+        ).hexdigest(),
     )
+    if not done and aside:
+        name, reason = next(iter(result.aside.items()))
+        raise UserError(f"{source.path}: every shard had to be put aside; {name}: {reason}")
     if not result.texts:
-        raise UserError(f"{source.path}: no row of {result.rows} can be used: {bad.summary()}")
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(result.bad).most_common())
+        raise UserError(f"{source.path}: no row of {result.rows} can be used: {reasons}")
     return result
 
 
-def manifests(job: str | Path) -> list[ShardManifest]:
-    """Those of the finished shards of a job, by name; an empty list for a folder without any."""
-    return [load_json(ShardManifest, path) for path in sorted(Path(job).glob("scores-*.json"))]
+def _survey(
+    folder: Path, source: InShards, names: Sequence[str], base: dict[str, Any], anew: bool
+) -> tuple[dict[str, ShardManifest], dict[str, Quarantine]]:
+    """The shards that are done, and those that were put aside, by name."""
+    known = set(names)
+    done: dict[str, ShardManifest] = {}
+    aside: dict[str, Quarantine] = {}
+    found: list[ShardManifest | Quarantine] = [*manifests(folder), *quarantined(folder)]
+    for one in found:
+        if one.shard not in known:
+            raise UserError(
+                f"{folder}: holds a shard {one.shard!r} that {source.path} does not; use a new folder"
+            )
+        now = {**base, "source": source.identity(one.shard)}
+        if one.fingerprint != now:
+            if not anew:
+                refuse_other(one.fingerprint, now, folder)
+        elif isinstance(one, Quarantine):
+            aside[one.shard] = one
+        elif is_whole(folder, one):
+            done[one.shard] = one
+    return done, {name: one for name, one in aside.items() if name not in done}
 
 
-def scores_path(job: str | Path, shard: str) -> Path:
-    """Where the scored texts of a shard are."""
-    return Path(job) / f"scores-{shard}.parquet"
+def _here(
+    capfilt: Loadable, source: InShards, names: Sequence[str], work: Work, tell: Callable[[int], None]
+) -> Generator[Outcome, None, None]:
+    """What becomes of the shards, one after the other in this process; the next ones are opened meanwhile."""
+    if not names:
+        return  # and the models are not loaded
+    worker = capfilt.load()
+    opened = prefetch(lambda name: open_shard(worker, source, name, work), names, workers=1)
+    with contextlib.closing(opened):
+        for one in opened:
+            yield process_shard(worker, source, one.shard, work, one, tell)
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Write a file in one step that survives a crash: beside, to the disk, then renamed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _open_batch(capfilt: CapFilt, source: Source, start: int, stop: int) -> _Batch:
-    """Read rows and decode their pictures; what is bad is told, not raised. Runs in a thread of its own."""
-    transforms = (capfilt.captioner.transform, capfilt.filter.transform)
-    draft_size = max(transform.draft_size for transform in transforms)
-    batch = _Batch(start, stop, [], [], None if capfilt.features is not None else [], [])
-    for number in range(start, stop):
-        where = f"row {number}"
-        try:
-            row = source[number]
-            where = row.where
-            if capfilt.features is not None:
-                capfilt.features.lookup(picture_key(row))  # refuses what was bad when features were computed
-            if batch.images is not None:
-                batch.images.append(open_image(row.image, draft_size=draft_size))
-        except BadRow as error:
-            batch.bad.append(BadEntry(error.reason, error.where, error.detail))
-        except BadImage as error:
-            batch.bad.append(BadEntry(error.reason, where, error.detail))
-        else:
-            batch.numbers.append(number)
-            batch.rows.append(row)
-    return batch
-
-
-def _judge(capfilt: CapFilt, batch: _Batch) -> list[dict[str, Any]]:
-    """Lines of `SCHEMA` for a batch; rows of one picture speak as the first of them."""
-    if not batch.rows:
-        return []
-    first: dict[str, tuple[int, Row]] = {}
-    for number, row in zip(batch.numbers, batch.rows, strict=True):
-        first.setdefault(row.id, (number, row))
-    records = []
-    for text in capfilt(batch.rows, capfilt.embed(batch.rows, batch.images)):
-        number, row = first[text.id]
-        image = None if isinstance(row.image, bytes) else str(row.image)
-        place = {"row": number, "where": row.where, "image": image}
-        records.append({**text.record(), **capfilt.models, **place})
-    return records
-
-
-def _publish_shard(
-    folder: Path,
-    shard: Shard,
-    records: list[dict[str, Any]],
-    images: int,
-    bad: list[BadEntry],
-    fingerprint: dict[str, Any],
-) -> ShardManifest:
-    """Scores first, manifest last: a shard with a manifest is complete."""
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), file, compression="zstd")
-    content = file.getvalue()
-    digest = hashlib.sha256(content).hexdigest()
-    manifest = ShardManifest(
-        shard.name, shard.stop - shard.start, images, len(records), digest, fingerprint, bad
-    )
-    publish(scores_path(folder, shard.name), content)
-    text = json.dumps(to_dict(manifest), indent=2, ensure_ascii=False) + "\n"
-    publish(scores_path(folder, shard.name).with_suffix(".json"), text.encode())
-    return manifest
-
-
-def _is_whole(folder: Path, manifest: ShardManifest) -> bool:
-    """Whether the scores are those the manifest speaks of; a lost or damaged file is made again."""
-    path = scores_path(folder, manifest.shard)
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == manifest.sha256
-
-
-def _list_bad(folder: Path, shards: Sequence[Shard], done: dict[str, ShardManifest]) -> None:
+def _list_bad(folder: Path, names: Sequence[str], done: dict[str, ShardManifest]) -> None:
     """Write bad_rows.jsonl anew: what the finished shards say, in the order of the source."""
-    entries = [entry for shard in shards if shard.name in done for entry in done[shard.name].bad]
+    entries = [entry for name in names if name in done for entry in done[name].bad]
     lines = "".join(json.dumps(to_dict(entry)) + "\n" for entry in entries)
     publish(folder / "bad_rows.jsonl", lines.encode())
-
-
-def refuse_other(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise UserError if what `folder` holds was made with other settings than it now would; it names them."""
-    if found := differences(before, now):
-        raise UserError(f"{folder}: holds a job made otherwise: {'; '.join(found)}; use a new folder")

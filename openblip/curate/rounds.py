@@ -27,7 +27,9 @@ from openblip.config import UserError, from_dict, to_dict
 from openblip.curate import engine
 from openblip.curate.capfilt import CapFilt, CapFiltConfig, fit_scale_on
 from openblip.curate.dataset import write_parquet
+from openblip.curate.engine_ray import RayOptions
 from openblip.curate.human import HumanRows
+from openblip.curate.job import publish, refuse_other
 from openblip.curate.report import write_report
 from openblip.data.collate import Rows, rows_fingerprint
 from openblip.data.rows import Row
@@ -75,6 +77,7 @@ def run_rounds(
     rounds: int = 1,
     model: str | Path | None = None,
     batch_size: int = 32,
+    ray: RayOptions | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Do `rounds` rounds, or what is missing of them; the figures of each: those of its report, and "model".
@@ -83,6 +86,7 @@ def run_rounds(
         out: a new folder, or that of an interrupted call or of fewer rounds.
         model: folder or hub name of one pre-trained on the web pairs already, instead of model 0.
         batch_size: pictures at a time, in CapFilt.
+        ray: where CapFilt's shards are worked on; None: in this process, where the trainings always are.
 
     Raises:
         UserError: no round, the folder was made with other settings or data, a filter that keeps nothing, or
@@ -100,10 +104,8 @@ def run_rounds(
         before = json.loads(listed.read_text(encoding="utf-8"))
         others = {name: before.pop(name) for name in given}
         # Through the class: a setting that is new since then had its default.
-        engine.refuse_other(
-            {**to_dict(from_dict(RoundsConfig, before, str(listed))), **others}, settings, out
-        )
-    engine.publish(listed, json.dumps(settings, indent=2).encode())
+        refuse_other({**to_dict(from_dict(RoundsConfig, before, str(listed))), **others}, settings, out)
+    publish(listed, json.dumps(settings, indent=2).encode())
 
     people = HumanRows(human, out / "bad_human_rows.jsonl")
     everyone = _Joined(web, people)
@@ -135,7 +137,10 @@ def run_rounds(
         if held_out:
             settings = replace(settings, scale=fit_scale_on(judge, people.part(held_out)))
         worker = CapFilt(load(captioner), judge, settings, features=features)
-        engine.run(worker, web, folder / "job", batch_size=batch_size)
+        result = engine.run(worker, web, folder / "job", batch_size=batch_size, ray=ray)
+        if result.aside:
+            shard, reason = next(iter(result.aside.items()))
+            raise UserError(f"{folder / 'job'}: {len(result.aside)} shards were put aside; {shard}: {reason}")
         if not (folder / "parquet").exists():
             write_parquet(folder / "job", web, folder / "parquet", threshold=config.threshold, human=people)
         figures = write_report(folder / "job", web, folder / "report.html", threshold=config.threshold)
@@ -148,7 +153,7 @@ def run_rounds(
         folder = out / f"round{number}"
         if not (folder / "round.json").is_file():
             figures = {"round": number, **one_round(folder, newest)}
-            engine.publish(folder / "round.json", json.dumps(figures, indent=2).encode())
+            publish(folder / "round.json", json.dumps(figures, indent=2).encode())
         found.append(json.loads((folder / "round.json").read_text(encoding="utf-8")))
         kept = {kind: "{kept} of {texts}".format(**found[-1][kind]) for kind in ("web", "synthetic")}
         say(f"round {number}: kept {kept['web']} web texts and {kept['synthetic']} written ones")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from openblip.data.image import BadImage, open_image
+from openblip.data.row_range import Rows
 from openblip.data.rows import BadRow, Row
 from openblip.data.text import Tokenizer, clean_caption, clean_question
 from openblip.data.transforms import ImageTransform, TrainTransform, swap_pair
@@ -26,14 +27,6 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 
 PROMPT = "a picture of "  # of BLIP's captioner, in training and in use
-
-
-class Rows(Protocol):
-    """A `Source`, a list of `Row`, or anything else with a length and random access."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Row: ...
 
 
 class Features(Protocol):

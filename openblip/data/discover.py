@@ -48,12 +48,25 @@ class Group:
     pictures: tuple[str, ...] = ()
 
 
-def find_files(path: str) -> tuple[str, list[Group]]:
+def find_files(path: str, *, by_name: bool = False) -> tuple[str, list[Group]]:
     """The source's root folder and its files, at least one group.
 
+    by_name: a file that is called `.tar` or `.parquet` is taken for one without a look into it.
+
     Raises:
-        UserError: nothing there, or nothing known there; the message says what was found.
+        UserError: nothing there, nothing known there, or it cannot be reached; the message says what was found.
     """
+    try:
+        return _find_files(path, by_name)
+    except UserError:
+        raise
+    except Exception as error:  # each file system has its own for a network that fails
+        if "://" not in path:
+            raise
+        raise UserError(f"{path}: cannot be reached: {error or type(error).__name__}") from error
+
+
+def _find_files(path: str, by_name: bool) -> tuple[str, list[Group]]:
     import fsspec
 
     try:
@@ -63,7 +76,7 @@ def find_files(path: str) -> tuple[str, list[Group]]:
     if filesystem.isfile(root):  # before isdir, which on the web takes anything with links in it for a folder
         entries = [filesystem.info(root)]
     elif filesystem.isdir(root):
-        folder = _Folder(filesystem, root.rstrip("/"))
+        folder = _Folder(filesystem, root.rstrip("/"), by_name=by_name)
         groups = folder.groups() or folder.split_groups() or folder.picture_group()
         if not groups:
             raise UserError(f"{path}: {folder.contents()}; openblip reads {WANTED}")
@@ -74,7 +87,7 @@ def find_files(path: str) -> tuple[str, list[Group]]:
     common = _parent(names[0])
     while not all(name.startswith(common + "/") for name in names):
         common = _parent(common)
-    folder = _Folder(filesystem, common)
+    folder = _Folder(filesystem, common, by_name=by_name)
     return folder.root_url, folder.grouped(entries)
 
 
@@ -125,6 +138,7 @@ class _Folder:
     filesystem: Any  # fsspec.AbstractFileSystem
     path: str  # as the file system has it, without protocol
     root: str = ""  # the source's root; "": this folder
+    by_name: bool = False
 
     @property
     def root_url(self) -> str:
@@ -160,7 +174,7 @@ class _Folder:
         """The data files of the folders in this one, each a split unless its files are named as splits."""
         groups = []
         for entry in self._list("directory"):
-            inside = _Folder(self.filesystem, entry["name"].rstrip("/"), self.path).groups()
+            inside = _Folder(self.filesystem, entry["name"].rstrip("/"), self.path, self.by_name).groups()
             name = PurePosixPath(entry["name"]).name
             groups += [replace(group, split=group.split or name) for group in inside]
         return groups
@@ -219,6 +233,8 @@ class _Folder:
         return sorted((entry for entry in entries if entry["type"] == kind), key=lambda entry: entry["name"])
 
     def _kind(self, path: str) -> str:
+        if self.by_name and (suffix := _suffix(path)) in ("tar", "parquet"):
+            return suffix
         with self.filesystem.open(path, "rb") as file:
             return sniff(file.read(HEAD))
 

@@ -30,6 +30,7 @@ import numpy as np
 from openblip.config import UserError
 from openblip.data import discover, tables
 from openblip.data.lines import Columns
+from openblip.data.row_range import RowRange
 from openblip.data.rows import (
     CAPTION_NAMES,
     CHAT_NAMES,
@@ -89,21 +90,37 @@ def open_source(
     Raises:
         UserError: nothing is there, it is in no known format, or the columns or the split are missing.
     """
+    root, found = discover.find_files(os.fspath(path))
+    source = open_groups(
+        os.fspath(path), root, found,
+        image_column=image_column, caption_column=caption_column, image_root=image_root,
+        require_captions=require_captions, cache_dir=cache_dir,
+    )  # fmt: skip
+    source.check_columns()
+    return source if split is None else source._select(split)
+
+
+def open_groups(
+    path: str,
+    root: str,
+    groups: list[discover.Group],
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **reading: Any,
+) -> "Source":
+    """Files that `discover.find_files` found at `path`, or some of them, as one source; else as `open_source`."""
     if cache_dir is None:
         import datasets
 
         cache_dir = datasets.config.HF_DATASETS_CACHE
     cache = Path(cache_dir) / "openblip"
-    root, found = discover.find_files(os.fspath(path))
     parts = []
-    for group in found:
+    for group in groups:
         base = os.fspath(image_root) if image_root is not None else group.base
         prefix = "" if image_root is not None else discover.below(root, group.base)
-        reader = RowReader(base, prefix, image_column, caption_column, require_captions)
-        parts.append(_open_part(group, reader, cache))
-    source = Source(os.fspath(path), parts)
-    source._check_columns()
-    return source if split is None else source._select(split)
+        parts.append(_open_part(group, RowReader(base, prefix, **reading), cache))
+    return Source(path, parts)
 
 
 @dataclass(frozen=True)
@@ -267,6 +284,17 @@ class Source:
             offset += len(part)
         return shards
 
+    def part(self, shard: str) -> RowRange:
+        """The rows of the shard of this name, counted from 0."""
+        for one in self.shards():
+            if one.name == shard:
+                return RowRange(self, one.start, one.stop)
+        raise UserError(f"{self.path}: there is no shard {shard!r}")
+
+    def identity(self, shard: str) -> str:
+        """The same for all shards: any change of the source may have moved rows between them."""
+        return self.fingerprint
+
     def _sample(self) -> tuple[list[dict[str, Any]], BadRow | None]:
         """Records of the first rows of every part, and the first thing that was wrong with one."""
         records, problem = [], None
@@ -278,8 +306,8 @@ class Source:
                     problem = problem or error
         return records, problem
 
-    def _check_columns(self) -> None:
-        """A source in which no row can be good is refused at once, naming the columns it has."""
+    def check_columns(self) -> None:
+        """Raise UserError if no row can be good, naming the columns there are."""
         if len(self) == 0:
             raise UserError(f"{self.path}: {', '.join(self._parts[0].names)} has no rows")
         records, problem = self._sample()

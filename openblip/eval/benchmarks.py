@@ -29,6 +29,9 @@ Embeds = Callable[[Sequence[Row]], Tensor]  # rows -> image_embeds [B, N, D]
 Report = Callable[[int, int], None]  # called with (rows done, rows in all)
 
 _AT_A_TIME = 256  # pictures given to a pipeline between two reports
+_KEPT = 2 * 2**30  # bytes of image embeddings that retrieval keeps for its second pass
+_PROJECTED = 4  # images whose keys and values retrieval holds at a time
+_PAIRS = 64  # of image and text in a batch
 
 
 def from_pictures(pipeline: Pipeline) -> Embeds:
@@ -105,7 +108,8 @@ def retrieval(
 
     "itc" ranks by cosine alone. "itm" takes the k best by cosine, for each image and for each text, and ranks
     these by ITM logit + cosine; all else comes last. CLIP has no ITM head: "itc" is all there is. Every caption
-    of a row is a text. Images are projected once for all their candidates.
+    of a row is a text. A pair that both directions ask for is scored once, an image is projected once for all its
+    texts, and embeddings are kept for the second pass as far as `_KEPT` goes.
     """
     rows = by_picture(rows)
     texts = [clean_caption(caption) for row in rows for caption in row.captions]
@@ -120,8 +124,14 @@ def retrieval(
     blocks = list(_parts(rows, size))
     passes = len(rows) * (2 if rerank and pipeline.can_match else 1)
     image_features = []
+    kept: dict[int, Tensor] = {}  # by the first row of a block
+    left = _KEPT if passes > len(rows) else 0
     for block in blocks:
-        image_features.append(model.image_features(_on(pipeline, embeds(rows[block]))).float().cpu())
+        seen = _on(pipeline, embeds(rows[block]))
+        image_features.append(model.image_features(seen).float().cpu())
+        left -= seen.nbytes
+        if left >= 0:
+            kept[block.start] = seen
         _tell(report, block.stop, passes)
     cosine = torch.cat([model.similarity(part, text_features) for part in image_features])  # [images, texts]
     result: dict[str, Any] = {"itc": recall_at(cosine, owner), "images": len(rows), "texts": len(texts)}
@@ -132,19 +142,32 @@ def retrieval(
     wanted.scatter_(1, cosine.topk(min(k, len(texts)), dim=1).indices, True)
     wanted.scatter_(0, cosine.topk(min(k, len(rows)), dim=0).indices, True)
     scores = torch.full_like(cosine, -torch.inf)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches of like length: less padding
+    tokens = pipeline.tokens(texts)
     for block in blocks:
-        seen = _on(pipeline, embeds(rows[block]))
-        for local, image in enumerate(range(len(rows))[block]):
-            candidates = [i for i in order if wanted[image, i]]
-            memory = model.encoder_memory(seen[local : local + 1])
-            for start in range(0, len(candidates), 64):
-                part = candidates[start : start + 64]
-                tokens = pipeline.tokens([texts[i] for i in part])
-                logits = model.itm_logits(memory, tokens["input_ids"], tokens["attention_mask"])[:, 1]
-                scores[image, part] = logits.float().cpu() + cosine[image, part]
+        seen = kept.pop(block.start) if block.start in kept else _on(pipeline, embeds(rows[block]))
+        for few in _parts(rows[block], _PROJECTED):
+            first = block.start + few.start
+            image, text = wanted[first : block.start + few.stop].nonzero().unbind(1)
+            logits = _itm_scores(model, seen[few], tokens, image, text)
+            scores[first + image, text] = logits + cosine[first + image, text]
         _tell(report, len(rows) + block.stop, passes)
     return result | {"itm": recall_at(scores, owner)}
+
+
+def _itm_scores(model: Any, embeds: Tensor, tokens: dict[str, Tensor], image: Tensor, text: Tensor) -> Tensor:
+    """The ITM logit of a match [K], float32, for K pairs of one of image_embeds [B, N, D] and one of the texts.
+
+    In batches of pairs whose texts are about as long, of whatever images: little padding, and few small batches.
+    """
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    memory, scores = model.encoder_memory(embeds), torch.empty(len(text))
+    for part in mask.sum(dim=1).cpu()[text].argsort(stable=True).split(_PAIRS):
+        part = part[image[part].argsort(stable=True)]  # those of one image together
+        rows = text[part].to(ids.device)
+        length = int(mask[rows].sum(dim=1).max())
+        seen = memory.rows(image[part].to(ids.device))
+        scores[part] = model.itm_logits(seen, ids[rows, :length], mask[rows, :length])[:, 1].float().cpu()
+    return scores
 
 
 def captioning(

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from openblip.config import ConfigError
 from openblip.models.generation import Generated, GenerationConfig, generate
 from openblip.models.layers import init_weights
+from openblip.models.memory import Memory
 from openblip.models.text import (
     Cache,
     LanguageModelHead,
-    Memory,
     TextConfig,
     TextTransformer,
     swap_first_token,
@@ -118,7 +118,7 @@ class Blip(TowerModel):
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [R, L] -> [R, P]: [CLS] state projected, L2-normalised. The ITC vector."""
         ids = swap_first_token(input_ids, self.config.text.cls_token_id)
-        return F.normalize(self.text_proj(self.text_encoder(ids, attention_mask)[:, 0]), dim=-1)
+        return F.normalize(self.text_proj(self.text_encoder(ids, attention_mask, packed=True)[:, 0]), dim=-1)
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """[B, P], [R, P] -> cosines [B, R]."""
@@ -154,7 +154,8 @@ class Blip(TowerModel):
     ) -> Tensor:
         """input_ids [R, L] against their images -> [R, 2]; class 1 = match (BLIP §3.2)."""
         ids = swap_first_token(input_ids, self.config.text.enc_token_id)
-        return self.itm_head(self.text_encoder(ids, attention_mask, memory, weights=weights)[:, 0])
+        states = self.text_encoder(ids, attention_mask, memory, weights=weights, packed=True)
+        return self.itm_head(states[:, 0])
 
     def lm_states(
         self,
@@ -164,10 +165,13 @@ class Blip(TowerModel):
         *,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Decoder states [R, L, D] of input_ids [R, L]; position 0 becomes [DEC] unless the cache holds it already."""
+        """Decoder states [R, L, D] of input_ids [R, L]; position 0 becomes [DEC] unless the cache holds it already.
+
+        What stands at padding means nothing.
+        """
         if cache is None or cache.length == 0:
             input_ids = swap_first_token(input_ids, self.config.text.dec_token_id)
-        return self.text_decoder(input_ids, attention_mask, memory, causal=True, cache=cache)
+        return self.text_decoder(input_ids, attention_mask, memory, causal=True, cache=cache, packed=True)
 
     def lm_logits(self, states: Tensor) -> Tensor:
         """Decoder states [..., D] -> next-token logits [..., V]. Call it on the positions that are needed."""

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from openblip.config import ConfigError
 from openblip.models.generation import Generated, GenerationConfig, generate
 from openblip.models.layers import init_weights
+from openblip.models.memory import Memory
 from openblip.models.qformer import QFormer, QFormerConfig
-from openblip.models.text import Cache, LanguageModelHead, Memory, swap_first_token
+from openblip.models.text import Cache, LanguageModelHead, swap_first_token
 from openblip.models.tower import TowerModel
 from openblip.models.vit import VisionConfig, vit_large
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from openblip.models.layers import KeyValue, init_weights
-from openblip.models.text import Memory, Residual, TextConfig, TextTransformer, swap_first_token
+from openblip.models.memory import Memory
+from openblip.models.text import Residual, TextConfig, TextTransformer, swap_first_token
 from openblip.models.tower import TowerModel
 from openblip.models.vit import VisionConfig, vit_base
 
@@ -40,11 +41,16 @@ class TwinCrossAttentionBlock(nn.Module):
         return self.left.project(left), self.right.project(right)
 
     def forward(
-        self, x: Tensor, memory: tuple[KeyValue, KeyValue], mask: Tensor | None, weights: list[Tensor] | None
+        self,
+        x: Tensor,
+        memory: tuple[KeyValue, KeyValue],
+        mask: Tensor | None,
+        weights: list[Tensor] | None,
+        shares: list[int] | None = None,
     ) -> Tensor:
         """x [B, L, D] -> [B, L, D]."""
-        left = self.left(x, memory=memory[0], mask=mask, weights=weights)[0]
-        right = self.right(x, memory=memory[1], mask=mask, weights=weights)[0]
+        left = self.left(x, memory=memory[0], mask=mask, weights=weights, shares=shares)[0]
+        right = self.right(x, memory=memory[1], mask=mask, weights=weights, shares=shares)[0]
         y = (left + right) / 2 if self.merge is None else self.merge(torch.cat([left, right], dim=-1))
         return self.residual(x, y)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from openblip.models.generation import Generated, GenerationConfig, generate, sequence_log_likelihood
+from openblip.models.memory import Memory
 from openblip.models.text import (
     Cache,
     LanguageModelHead,
-    Memory,
     TextConfig,
     TextTransformer,
     swap_first_token,

@@ -3,7 +3,9 @@
 Shapes: B images, R rows of queries, L query tokens, N memory tokens, D width, H heads, d = D / H.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [B, H, N, d]
+_SCORES_AT_ONCE = 2**21  # of plain attention: 4 MB in bfloat16
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -40,18 +43,51 @@ def attend(
     `weights`, the probabilities [B, H, L, N] are appended to that list and stay in the graph (Grad-CAM).
 
     torch's fused kernel, but for bfloat16 on a CPU: there three plain operations take less time in nearly every
-    shape of this project, above all with the backward pass (docs/results.md; `benchmarks/attention.py` measures).
+    shape of this project, above all with the backward pass (docs/performance.md; `benchmarks/attention.py` measures),
+    if the scores they write and read again stay in the cache: hence a few heads at a time.
     """
     plain = weights is not None or (q.dtype is torch.bfloat16 and q.device.type == "cpu")
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    # torch.bmm and not `@`, which would lay out the transposed keys anew, element by element.
+    heads, scale = q.shape[:2], q.shape[-1] ** -0.5
+    q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    at_once = len(q) if weights is not None else max(1, _SCORES_AT_ONCE // (q.shape[1] * k.shape[1]))
+    masks: Iterable[Tensor | None] = repeat(None)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probabilities = scores.softmax(dim=-1)
-    if weights is not None:
-        weights.append(probabilities)
-    return F.dropout(probabilities, dropout).to(v.dtype) @ v
+        masks = torch.atleast_2d(mask).expand(*heads, -1, -1).flatten(0, 1).split(at_once)
+    looked = []
+    for few_q, few_k, few_v, seen in zip(q.split(at_once), k.split(at_once), v.split(at_once), masks):
+        scores = torch.bmm(few_q, few_k.transpose(1, 2))
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        probabilities = scores.softmax(dim=-1)
+        if weights is not None:
+            weights.append(probabilities.unflatten(0, heads))
+            probabilities = weights[-1].flatten(0, 1)  # Grad-CAM asks for the gradient of what is in the list
+        looked.append(torch.bmm(F.dropout(probabilities, dropout).to(v.dtype), few_v))
+    return (looked[0] if len(looked) == 1 else torch.cat(looked)).unflatten(0, heads)
+
+
+@dataclass
+class Packing:
+    """Texts [R, L] without their padding: their T real tokens laid end to end, those of one image together.
+
+    place [T]: where each token stands in the flattened [R · L].
+    """
+
+    rows: int
+    length: int
+    place: Tensor
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[R, L, ...] -> [T, ...]."""
+        return padded.flatten(0, 1).index_select(0, self.place)
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """[T, ...] -> [R, L, ...], zeros where there is no token."""
+        padded = packed.new_zeros(self.rows * self.length, *packed.shape[1:])
+        return padded.index_copy(0, self.place, packed).unflatten(0, (self.rows, self.length))
 
 
 class Attention(nn.Module):
@@ -75,7 +111,8 @@ class Attention(nn.Module):
 
     def project(self, memory: Tensor) -> KeyValue:
         """Keys and values [B, H, N, d] of a memory [B, N, kv_size]. Cross-attention only."""
-        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        pair = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = pair.contiguous().unbind(0)  # once, and not at every look
         return k, v
 
     def forward(
@@ -86,19 +123,31 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         past: KeyValue | None = None,
         weights: list[Tensor] | None = None,
+        packing: Packing | None = None,
+        shares: list[int] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x [R, L, D] -> ([R, L, D], the keys and values that were looked at).
 
         Self-attention: `past` [R, H, T, d] is put before the new keys and values; `mask` [R|1, 1, L, T + L].
         Cross-attention: `memory` holds B images and R = B · g: row r looks at image r // g. The g rows of an
         image are laid side by side as g · L queries against one memory, so nothing is copied per row. `mask`
-        [B, 1, 1, N].
+        [B, 1, 1, N]. With `shares` (queries of each image, adding up to those of x) images may have different numbers.
+
+        With a `packing`, x is [T, D] and so is what comes back; cross-attention then needs `shares`.
         """
         dropout = self.dropout if self.training else 0.0
         if memory is None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            qkv = self.qkv(x) if packing is None else packing.spread(self.qkv(x))
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        elif shares is not None:
+            k, v = memory
+            q = self.q(x).reshape(1, -1, self.num_heads, k.shape[-1]).transpose(1, 2)  # [1, H, queries, d]
+            masks: Iterable[Tensor | None] = repeat(None) if mask is None else mask.split(1)
+            parts = zip(q.split(shares, dim=2), k.split(1), v.split(1), masks)
+            y = torch.cat([attend(*part, dropout=dropout) for part in parts if part[0].shape[2]], dim=2)
+            return self.out(y.transpose(1, 2).reshape(x.shape)), (k, v)
         else:
             k, v = memory
             images = k.shape[0]
@@ -108,8 +157,8 @@ class Attention(nn.Module):
                 )
             rows = x.reshape(images, -1, x.shape[-1])  # [B, g·L, D]
             q = self.q(rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, g·L, d]
-        y = attend(q, k, v, mask, dropout=dropout, weights=weights)
-        y = y.transpose(1, 2).reshape(x.shape)
+        y = attend(q, k, v, mask, dropout=dropout, weights=weights).transpose(1, 2)
+        y = y.reshape(x.shape) if packing is None else packing.pack(y.flatten(2))
         return self.out(y), (k, v)
 
 

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError, UserError
+from openblip.models.adapters import INSTALL, LoraSettings, add_adapters_
 from openblip.models.decoding import Decoding, ordered
 from openblip.models.layers import init_weights, recompute_activations_
-
-INSTALL = "pip install 'openblip[lm]'"
 
 # What the released BLIP-2 changed in a family's own configuration, by model_type. Flan-T5 was trained with GELU's
 # tanh approximation, but the weights of BLIP-2 beside it with the exact one.
@@ -37,19 +36,6 @@ RELEASED_BLIP2: dict[str, dict[str, Any]] = {"t5": {"dense_act_fn": "gelu"}}
 _DECODER_START = {"t5": "pad_token_id", "mt5": "pad_token_id", "bart": "eos_token_id"}
 
 _LENGTHS = 4  # into how many groups of like length the texts of a batch are sorted
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters (Hu et al. 2021), by the package peft. They train, the weights below them do not.
-
-    target_modules: names of the linear layers that get one; None: what peft holds right for the family.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: list[str] | None = None
 
 
 @dataclass
@@ -100,7 +86,7 @@ class LanguageModel(nn.Module):
         self.model = build(config.config) if model is None else model
         self.model.requires_grad_(config.trainable)
         if config.lora is not None:
-            _add_adapters_(self.model, config.lora)
+            add_adapters_(self.model, config.lora)
         self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
         decoder = self.model.get_decoder() if self.is_encoder_decoder else self.model.base_model
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
@@ -345,29 +331,6 @@ class LanguageModel(nn.Module):
         return encoded.last_hidden_state, some
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of a language model belongs to its LoRA adapters, by its name."""
-    return "lora_" in name
-
-
-def without_adapter(name: str) -> str:
-    """What a parameter that got an adapter was called before."""
-    return name.replace(".base_layer.", ".")
-
-
-@torch.no_grad()
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model without its LoRA adapters: what they add is added to the weights below them."""
-    state = model.state_dict()
-    for path, module in model.named_modules():
-        layer: Any = module
-        for adapter in getattr(layer, "active_adapters", ()) if hasattr(layer, "base_layer") else ():
-            name = f"{path}.base_layer.weight"
-            delta = layer.get_delta_weight(adapter)
-            state[name] = (state[name].to(delta.dtype) + delta).to(state[name].dtype)
-    return {without_adapter(name): value for name, value in state.items() if not is_adapter(name)}
-
-
 def build(config: dict[str, Any]) -> Any:
     """A transformers model with fresh weights from its configuration as a dict.
 
@@ -384,25 +347,3 @@ def build(config: dict[str, Any]) -> Any:
         return cls.from_config(wanted)
     except ValueError as error:
         raise ConfigError(f"lm.config: {str(error).splitlines()[0]}") from None
-
-
-def _add_adapters_(model: Any, lora: LoraSettings) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError(f"lora needs peft: {INSTALL}") from None
-    wanted = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-    )
-    try:
-        inject_adapter_in_model(wanted, model)
-    except ValueError as error:
-        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
-    for name, weight in model.named_parameters():
-        if (
-            is_adapter(name) and weight.dtype is torch.bfloat16
-        ):  # as the model below them; small updates would be lost
-            weight.data = weight.data.float()

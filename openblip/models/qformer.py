@@ -32,11 +32,11 @@ from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
 from openblip.models.layers import KeyValue, init_weights
+from openblip.models.memory import Memory
 from openblip.models.text import (
     Cache,
     CrossAttentionBlock,
     FeedForwardBlock,
-    Memory,
     SelfAttentionBlock,
     TextConfig,
     TextTransformer,
@@ -86,17 +86,18 @@ class QFormerLayer(nn.Module):
         mask: Tensor | None,
         past: KeyValue | None,
         memory: tuple[KeyValue, Tensor | None] | None,
+        shares: list[int] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x [R, queries + L, D]: the first positions are queries -> x, all keys and values so far."""
         x, seen = self.self_attention(x, mask, past)
         streams = []
         if queries:
-            q = x[:, :queries]
+            q = x[:, :queries].contiguous()  # of a mere view, torch's linear copies the weights once per row
             if self.cross_attention is not None and memory is not None:
-                q = self.cross_attention(q, memory[0], memory[1], None)
+                q = self.cross_attention(q, memory[0], memory[1], None, shares)
             streams.append(self.query_feed_forward(q))
         if x.shape[1] > queries:
-            streams.append(self.feed_forward(x[:, queries:]))
+            streams.append(self.feed_forward(x[:, queries:].contiguous()))
         return (streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)), seen
 
 
@@ -206,15 +207,18 @@ class QFormer(nn.Module):
     def _run(
         self, x: Tensor, queries: int, mask: Tensor | None, memory: Memory | None, cache: Cache | None
     ) -> Tensor:
+        shares = None
+        if memory is not None:
+            shares = memory.shares(torch.full((len(x),), queries), packed=False)
         for number, layer in enumerate(self.layers):
             past = cache.layers[number] if cache is not None else None
             seen = None
             if memory is not None and memory.layers[number] is not None:
-                seen = memory.layer(number)
+                seen = memory.layer(number, by_image=memory.counts is not None)
             if self.checkpointing and self.training:
-                x, pair = checkpoint(layer, x, queries, mask, past, seen, use_reentrant=False)
+                x, pair = checkpoint(layer, x, queries, mask, past, seen, shares, use_reentrant=False)
             else:
-                x, pair = layer(x, queries, mask, past, seen)
+                x, pair = layer(x, queries, mask, past, seen, shares)
             if cache is not None:
                 cache.layers[number] = pair
         return x

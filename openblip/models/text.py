@@ -12,7 +12,7 @@ width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip.config import ConfigError
-from openblip.models.layers import ACTIVATIONS, Attention, KeyValue, Mlp, init_weights
+from openblip.models.layers import ACTIVATIONS, Attention, KeyValue, Mlp, Packing, init_weights
+from openblip.models.memory import Memory
 
 
 @dataclass
@@ -54,39 +55,6 @@ class TextConfig:
         """An attention of this geometry; with `kv_size`, to a memory of that width."""
         dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
         return Attention(self.hidden_size, self.num_attention_heads, kv_size=kv_size, dropout=dropout)
-
-
-@dataclass
-class Memory:
-    """An image (or any other sequence) as cross-attention sees it: keys and values of every layer, projected
-    once.
-
-    They depend on the image alone, so ITM positives, both kinds of negatives, the decoder, beams and
-    reranking all take the same object. `layers[i]` is what layer i's cross-attention made of B images;
-    `index` [R] says which image each row of queries looks at; without it R = B · g and row r looks at image r
-    // g.
-    """
-
-    layers: list[Any]  # KeyValue, or a pair of them (NLVR2)
-    mask: Tensor | None = None  # [B, N], True for real tokens; None: all are
-    index: Tensor | None = None
-
-    def rows(self, index: Tensor) -> "Memory":
-        """The same projections for rows of queries that look at image `index[r]` (of this view)."""
-        return replace(self, index=index if self.index is None else self.index[index])
-
-    def layer(self, number: int) -> tuple[Any, Tensor | None]:
-        """What layer `number` attends to, and the mask [B, 1, 1, N] (rows of `index` are taken here)."""
-        picked, mask = self.layers[number], self.mask
-        if self.index is not None:
-            picked = _take(picked, self.index)
-            mask = None if mask is None else mask[self.index]
-        return picked, None if mask is None else mask[:, None, None, :].bool()
-
-
-def _take(pair: Any, index: Tensor) -> Any:
-    """Rows `index` of every tensor in a (nested) tuple."""
-    return tuple(_take(part, index) for part in pair) if isinstance(pair, tuple) else pair[index]
 
 
 class Cache:
@@ -135,9 +103,11 @@ class SelfAttentionBlock(nn.Module):
         self.attention = config.attention()
         self.residual = Residual(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """x [R, L, D], mask [R, 1, L, T + L] -> x, all keys and values so far."""
-        y, seen = self.attention(x, mask=mask, past=past)
+    def forward(
+        self, x: Tensor, mask: Tensor | None, past: KeyValue | None, packing: Packing | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """x [R, L, D] (packed: [T, D]), mask [R, 1, L, T + L] -> x, all keys and values so far."""
+        y, seen = self.attention(x, mask=mask, past=past, packing=packing)
         return self.residual(x, y), seen
 
 
@@ -154,10 +124,17 @@ class CrossAttentionBlock(nn.Module):
         return self.attention.project(memory)
 
     def forward(
-        self, x: Tensor, memory: KeyValue, mask: Tensor | None, weights: list[Tensor] | None
+        self,
+        x: Tensor,
+        memory: KeyValue,
+        mask: Tensor | None,
+        weights: list[Tensor] | None,
+        shares: list[int] | None = None,
     ) -> Tensor:
-        """x [R, L, D] -> [R, L, D]."""
-        return self.residual(x, self.attention(x, memory=memory, mask=mask, weights=weights)[0])
+        """x [R, L, D] or, with `shares`, [..., D] -> the same."""
+        return self.residual(
+            x, self.attention(x, memory=memory, mask=mask, weights=weights, shares=shares)[0]
+        )
 
 
 class FeedForwardBlock(nn.Module):
@@ -202,11 +179,11 @@ class TextLayer(nn.Module):
         self.cross_attention = cross_attention
         self.feed_forward = FeedForwardBlock(config)
 
-    def forward(self, x, mask, past, memory, memory_mask, weights):
-        """x [R, L, D] -> x, the self-attention keys and values so far."""
-        x, seen = self.self_attention(x, mask, past)
+    def forward(self, x, mask, past, memory, memory_mask, weights, packing=None, shares=None):
+        """x [R, L, D] (packed: [T, D]) -> x, the self-attention keys and values so far."""
+        x, seen = self.self_attention(x, mask, past, packing)
         if memory is not None:
-            x = self.cross_attention(x, memory, memory_mask, weights)
+            x = self.cross_attention(x, memory, memory_mask, weights, shares)
         return self.feed_forward(x), seen
 
 
@@ -265,12 +242,14 @@ class TextTransformer(nn.Module):
         causal: bool = False,
         cache: Cache | None = None,
         weights: list[Tensor] | None = None,
+        packed: bool = False,
     ) -> Tensor:
         """input_ids [R, L], attention_mask [R, L] (1 = real token; None: all) -> states [R, L, D].
 
         With a `cache`, the ids continue what is cached (and are added to it). With `weights`, every layer's
-        cross-attention probabilities [B, H, g·L, N] are appended to that list. Raises ValueError past the
-        last position.
+        cross-attention probabilities [B, H, g·L, N] are appended to that list. With `packed`, padding costs nothing
+        where that pays (on a CPU, without cache and weights), and the states there may be zeros. Raises ValueError
+        past the last position.
         """
         past_length = cache.length if cache is not None else 0
         length = input_ids.shape[1]
@@ -284,16 +263,31 @@ class TextTransformer(nn.Module):
         mask = self_mask(attention_mask, length, total, causal, input_ids.device)
         positions = torch.arange(past_length, total, device=input_ids.device)[None]
         x = self.embeddings(input_ids, positions)
+        packing = shares = None
+        tokens = torch.full((len(input_ids),), length)
+        if (
+            packed
+            and cache is None
+            and weights is None
+            and attention_mask is not None
+            and x.device.type == "cpu"
+        ):
+            packing = Packing(len(input_ids), length, attention_mask.flatten().nonzero()[:, 0])
+            x, tokens = packing.pack(x), attention_mask.sum(dim=1)
+        by_image = memory is not None and memory.counts is not None
+        if memory is not None:
+            shares = memory.shares(tokens, packed=packing is not None)
         for number, layer in enumerate(self.layers):
             past = cache.layers[number] if cache is not None else None
-            seen, seen_mask = memory.layer(number) if memory is not None else (None, None)
+            seen, seen_mask = (None, None) if memory is None else memory.layer(number, by_image=by_image)
             if self.checkpointing and self.training:
-                x, pair = checkpoint(layer, x, mask, past, seen, seen_mask, weights, use_reentrant=False)
+                given = (x, mask, past, seen, seen_mask, weights, packing, shares)
+                x, pair = checkpoint(layer, *given, use_reentrant=False)
             else:
-                x, pair = layer(x, mask, past, seen, seen_mask, weights)
+                x, pair = layer(x, mask, past, seen, seen_mask, weights, packing, shares)
             if cache is not None:
                 cache.layers[number] = pair
-        return x
+        return x if packing is None else packing.spread(x)
 
 
 def extend_mask_(cache: Cache, new: Tensor | None, input_ids: Tensor) -> Tensor:

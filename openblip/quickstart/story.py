@@ -25,7 +25,6 @@ from typing import Any
 from openblip.api import Pipeline
 from openblip.config import UserError, from_dict, to_dict
 from openblip.convert.weights import LoadReport
-from openblip.curate import engine
 from openblip.curate.capfilt import (
     CapFilt,
     CapFiltConfig,
@@ -35,6 +34,7 @@ from openblip.curate.capfilt import (
     keep_matching,
     nucleus,
 )
+from openblip.curate.job import publish, refuse_other
 from openblip.data.collate import rows_fingerprint
 from openblip.data.features import FeatureCache, is_complete
 from openblip.data.rows import Row
@@ -113,9 +113,9 @@ def tell(
         told_of = before.pop("rows")
         # Through the class: a setting that is new since then had its default.
         old = {**to_dict(from_dict(StoryConfig, before, str(listed))), "rows": told_of}
-        engine.refuse_other(old, settings, folder)
+        refuse_other(old, settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    engine.publish(listed, json.dumps(settings, indent=2).encode())
+    publish(listed, json.dumps(settings, indent=2).encode())
     say(
         f"data: {len(human)} human pairs, {len(web)} web pairs of which {sum(wrong)} are wrong, "
         f"{len(test)} test pairs"

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from openblip.models.adapters import LoraSettings
 from openblip.models.blip3 import ADDED_TOKENS, Blip3Config
-from openblip.models.lm import LmConfig, LoraSettings
+from openblip.models.lm import LmConfig
 from openblip.models.resampler import ResamplerConfig
 from openblip.models.temporal import TemporalConfig
 from openblip.models.vit import VisionConfig

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from openblip.config import ConfigError
+from openblip.models.adapters import LoraSettings
 from openblip.models.blip import BlipConfig
 from openblip.models.blip import blip_base as base_model
 from openblip.models.blip2 import Blip2Config
 from openblip.models.blip3 import Blip3Config
 from openblip.models.clip import ClipConfig
-from openblip.models.lm import LoraSettings
 from openblip.train.config import TrainConfig
 from openblip.train.tasks import BlipTaskConfig
 from openblip.train.tasks_blip2 import Blip2LlmTaskConfig, Blip2TaskConfig

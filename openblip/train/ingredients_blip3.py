@@ -8,8 +8,9 @@ from openblip.config import UserError
 from openblip.convert.lm import LmDtype, lm_folder, load_lm
 from openblip.data.prompts import LmTokenizer
 from openblip.hub import Pretrained
+from openblip.models.adapters import is_adapter
 from openblip.models.blip3 import ADDED_TOKENS, Blip3
-from openblip.models.lm import LanguageModel, is_adapter
+from openblip.models.lm import LanguageModel
 from openblip.recipes import Language, Recipe
 
 

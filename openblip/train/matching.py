@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openblip.models.text import Memory
+from openblip.models.memory import Memory
 from openblip.train import distributed
 from openblip.train.objectives import hard_negatives, itm_loss, positive_pairs
 
@@ -68,6 +68,7 @@ def matching_loss(
     text_of_image, text_exists = draw(image_to_text)
     image_of_text, image_exists = draw(text_to_image)
 
+    order = torch.arange(count, device=ids.device)  # of the texts with a wrong image
     if is_global:
         longest = int(distributed.all_gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
         ids, mask = (F.pad(x, (0, longest - x.shape[1])) for x in (ids, mask))  # pad id and mask are both 0
@@ -75,7 +76,8 @@ def matching_loss(
         negative_ids = distributed.all_gather(ids)[text_of_image]
         negative_mask = distributed.all_gather(mask)[text_of_image]
     else:
-        negative_memory = memory.rows(image_of_text)
+        order = image_of_text.argsort(stable=True)  # rows of one image together: see `Memory.counts`
+        negative_memory = memory.rows(image_of_text[order])
         negative_ids, negative_mask = ids[text_of_image], mask[text_of_image]
     if count < size:
         memory = memory.rows(torch.arange(count, device=ids.device))
@@ -85,9 +87,9 @@ def matching_loss(
     paired_ids = torch.stack([ids, negative_ids], dim=1).flatten(0, 1)
     paired_mask = torch.stack([mask, negative_mask], dim=1).flatten(0, 1)
     paired = model.itm_logits(memory, paired_ids, paired_mask)
-    strangers = model.itm_logits(negative_memory, ids, mask)
+    strangers = model.itm_logits(negative_memory, ids[order], mask[order])
 
     labels = torch.cat([torch.tensor([1, 0], device=ids.device).repeat(count), torch.zeros_like(ids[:, 0])])
     always = torch.ones_like(text_exists)
-    counted = torch.cat([torch.stack([always, text_exists], dim=1).flatten(), image_exists])
+    counted = torch.cat([torch.stack([always, text_exists], dim=1).flatten(), image_exists[order]])
     return distributed.global_mean(*itm_loss(torch.cat([paired, strangers]), labels, counted))

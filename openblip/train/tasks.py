@@ -132,7 +132,7 @@ class MomentumTwin(nn.Module):
     def features(self, batch: Batch, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(image_features, text_features) [B, P], normalised."""
         embeds = self.vision(batch["pixel_values"]) if self.vision is not None else batch["image_embeds"]
-        states = self.text_encoder(text_ids, batch["attention_mask"])
+        states = self.text_encoder(text_ids, batch["attention_mask"], packed=True)
         images, texts = self.vision_proj(embeds[:, 0]), self.text_proj(states[:, 0])
         return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 

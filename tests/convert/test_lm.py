@@ -10,8 +10,9 @@ from transformers import CohereConfig, CohereForCausalLM
 from openblip.config import ConfigError, UserError
 from openblip.convert.lm import lm_folder, load_lm, smollm2, weights_sha256
 from openblip.convert.weights import WeightsError
+from openblip.models.adapters import LoraSettings
 from openblip.models.int8 import Int8Linear
-from openblip.models.lm import RELEASED_BLIP2, LoraSettings
+from openblip.models.lm import RELEASED_BLIP2
 from tests.models.tiny_lms import CONFIGS, tiny_lm
 
 

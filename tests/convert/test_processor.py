@@ -330,8 +330,8 @@ def test_what_transformers_cannot_hold_is_written_only_if_it_may_be(tmp_path):
 def test_every_part_of_a_model_is_in_the_folder_though_ours_names_it(tmp_path):
     """A language model by its source, with adapters: what is written is the sum, and answers the same."""
     from openblip.convert.lm import load_lm
+    from openblip.models.adapters import LoraSettings
     from openblip.models.blip2_llm import Blip2LlmConfig
-    from openblip.models.lm import LoraSettings
 
     plain = load_pretrained(save("blip-2 llama", tmp_path / "plain"))
     plain.model.lm.model.save_pretrained(tmp_path / "lm")

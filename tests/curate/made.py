@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -53,7 +52,7 @@ class ColourCapFilt:
     """
 
     def __init__(self, seed: int = 0, die_at=None) -> None:
-        self.captioner = self.filter = SimpleNamespace(transform=ImageTransform(image_size=8))
+        self.draft_size = 8
         self.features = None
         self.models = {"captioner": "c" * 16, "filter": "f" * 16}
         self.seed, self.calls, self.die_at = seed, 0, die_at
@@ -65,17 +64,22 @@ class ColourCapFilt:
     def embed(self, rows: Sequence[Row], images: Sequence[Image.Image]) -> list[str]:
         return [NAMES[max(range(3), key=image.getpixel((0, 0)).__getitem__)] for image in images]
 
-    def __call__(self, rows: Sequence[Row], seen: list[str]) -> list[ScoredText]:
+    def load(self) -> "ColourCapFilt":
+        return self
+
+    def write(self, rows: Sequence[Row], seen: list[str]) -> list[str]:
         if self.die_at is not None:
             self.die_at(self.calls)
         self.calls += 1
+        return [f"one {name} thing" for name in seen]
+
+    def score(self, rows: Sequence[Row], written: list[str], seen: list[str]) -> list[ScoredText]:
         texts = []
-        for row, name in zip(rows, seen, strict=True):
+        for row, own, name in zip(rows, written, seen, strict=True):
             for text in row.captions:
                 itm = 0.9 if name in text else 0.1
                 texts.append(ScoredText(row.id, "web", text, itm, itm - 0.5, itm, None))
-            seed = seed_of(row.id, self.seed)
-            texts.append(ScoredText(row.id, "synthetic", f"one {name} thing", 0.8, 0.35, 0.8, seed))
+            texts.append(ScoredText(row.id, "synthetic", own, 0.8, 0.35, 0.8, seed_of(row.id, self.seed)))
         return texts
 
 
@@ -91,6 +95,12 @@ def tiny_blip(seed: int, **parts: bool) -> Pipeline:
     return Pipeline(
         Pretrained(model, bert_uncased(), transform, {"prompt": "a picture of "}, None), batch_size=4
     )
+
+
+def smooth(number: int, side: int = 200) -> Image.Image:
+    """A picture like no other: coarse noise, smoothed."""
+    noise = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    return Image.fromarray(noise.numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def picture_rows(count: int) -> list[Row]:

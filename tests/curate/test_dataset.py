@@ -159,7 +159,7 @@ def test_jobs_that_do_not_fit_are_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"1 of 3 shards are not done \(the first: 00001\)"):
         write_parquet(tmp_path / "half", source, tmp_path / "out")
     write(tmp_path / "half/scores-00002.parquet", b"PAR1 broken")
-    with pytest.raises(UserError, match=r"scores-00002.parquet: scores cannot be read"):
+    with pytest.raises(UserError, match=r"scores-00002.parquet: is damaged"):
         scores(tmp_path / "half")
 
 

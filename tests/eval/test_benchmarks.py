@@ -13,7 +13,16 @@ from openblip.data.features import build_features
 from openblip.data.rows import BadRows, Row
 from openblip.data.sources import open_source
 from openblip.data.text import clean_caption
-from openblip.eval.benchmarks import by_picture, captioning, from_cache, retrieval, usable_rows, vqa
+from openblip.eval import benchmarks
+from openblip.eval.benchmarks import (
+    by_picture,
+    captioning,
+    from_cache,
+    from_pictures,
+    retrieval,
+    usable_rows,
+    vqa,
+)
 from openblip.eval.captions import caption_scores
 from tests.curate.made import tiny_blip
 from tests.data.made import parquet_bytes, png, write
@@ -99,6 +108,34 @@ def test_retrieval_is_cosine_then_itm_of_the_k_best(pipeline, rows, plain, k):
     expected = plain_recalls(scores, owner)
     assert {name: found["itm"][name] for name in expected} == pytest.approx(expected)
     assert found["itm"]["r_mean"] == pytest.approx(sum(expected.values()) / 6)
+
+
+@pytest.mark.parametrize("kept", [0, 2**20], ids=["embedded twice", "embeddings kept"])
+def test_how_pairs_are_put_in_batches_changes_no_score(pipeline, rows, plain, kept, monkeypatch):
+    cosine, logit, _ = plain
+    judged = []
+
+    def note(scores, owner):
+        judged.append(scores)
+        return {}
+
+    def embeds(some):
+        asked.extend(row.id for row in some)
+        return from_pictures(pipeline)(some)
+
+    monkeypatch.setattr(benchmarks, "recall_at", note)
+    for pairs, projected in ((64, 4), (5, 4), (3, 2), (1, 1)):
+        asked: list[str] = []
+        settings = {"_PAIRS": pairs, "_PROJECTED": projected, "_KEPT": kept}
+        for name, value in settings.items():
+            monkeypatch.setattr(benchmarks, name, value)
+        retrieval(pipeline, rows, k=2, embeds=embeds)
+        assert len(asked) == len(rows) * (1 if kept else 2)
+        itm = judged[-1]
+        scored = itm > -torch.inf
+        assert itm[scored].tolist() == pytest.approx((logit + cosine)[scored].tolist(), abs=1e-5)
+        per_image = scored.sum(dim=1).tolist()
+        assert len(set(per_image)) > 1 and min(per_image) >= 2, "images with more and fewer candidates"
 
 
 def test_the_rule_makes_a_difference_here(plain):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from openblip.models import layers
 from openblip.models.layers import ACTIVATIONS, Attention, DropPath, LayerScale, Mlp, attend, init_weights
 
 
@@ -164,3 +165,28 @@ def test_initial_weights():
     assert abs(linear.weight.std() - 0.02) < 0.001 and abs(linear.weight.mean()) < 0.001
     assert (linear.bias == 0).all() and (norm.weight == 1).all() and (norm.bias == 0).all()
     assert abs(embedding.weight.std() - 0.02) < 0.001
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 5 * 7, 2**30], ids=["a head at a time", "three", "all"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_in_parts_is_attention(at_once, masked, monkeypatch):
+    monkeypatch.setattr(layers, "_SCORES_AT_ONCE", at_once)
+    q, k, v = (torch.randn(2, 4, n, 8).bfloat16().requires_grad_() for n in (5, 7, 7))
+    mask = torch.rand(2, 1, 5, 7).argsort(dim=-1) > 2 if masked else None
+    found, wanted = attend(q, k, v, mask), attend(q.double(), k.double(), v.double(), mask)
+    assert found.dtype is torch.bfloat16 and torch.allclose(found.double(), wanted, atol=0.05)
+    mine = torch.autograd.grad(found.double().square().sum(), (q, k, v))
+    right = torch.autograd.grad(wanted.square().sum(), (q, k, v))
+    assert all(torch.allclose(one, other, atol=0.1, rtol=0.05) for one, other in zip(mine, right))
+
+
+def test_images_with_different_numbers_of_queries():
+    attention = Attention(16, 2, kv_size=10).double()
+    images, x = torch.randn(3, 6, 10).double(), torch.randn(7, 16).double()
+    k, v = attention.project(images)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])[:, None, None].bool()
+    found = attention(x, memory=(k, v), mask=mask, shares=[4, 0, 3])[0]
+    for image, own in ((0, slice(0, 4)), (2, slice(4, 7))):
+        one = slice(image, image + 1)
+        alone = attention(x[None, own], memory=(k[one], v[one]), mask=mask[one])[0][0]
+        assert torch.allclose(found[own], alone, atol=1e-12)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from openblip.config import ConfigError, UserError, from_dict, to_dict
+from openblip.models.adapters import LoraSettings
 from openblip.models.generation import GenerationConfig, generate
-from openblip.models.lm import LanguageModel, LmConfig, LoraSettings
+from openblip.models.lm import LanguageModel, LmConfig
 from tests.models.tiny_lms import CONFIGS, DECODER_ONLY, ENCODER_DECODER, VOCAB, tiny_lm
 
 ALL = DECODER_ONLY + ENCODER_DECODER

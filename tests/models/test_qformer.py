@@ -301,3 +301,18 @@ def test_the_frozen_tower_stays_out(model):
     model.image_features(model.encode_image(pixels)).sum().backward()
     assert all(value.grad is None for value in model.vision.parameters())
     assert model.ln_vision.weight.grad is not None
+
+
+def test_images_with_different_numbers_of_texts_are_matched_as_if_copied():
+    """Rows of one image that lie together look at it as it is; rows in another order at copies of it."""
+    vision = VisionConfig(16, 8, 16, 1, 2, 24)
+    model = randomised(Blip2(Blip2Config(vision, CONFIG, projection_dim=8)))
+    memory = model.memory(torch.randn(3, 5, 16, dtype=torch.float64))
+    ids, image = torch.randint(4, 40, (4, L)), torch.tensor([0, 0, 0, 2])
+    turned = torch.tensor([3, 0, 1, 2])
+    together, copied = memory.rows(image), memory.rows(image[turned])
+    assert together.counts == [3, 0, 1] and copied.counts is None
+    with torch.no_grad():
+        first, second = model.itm_logits(together, ids), model.itm_logits(copied, ids[turned])
+    assert torch.allclose(first[turned], second, atol=1e-12)
+    assert not torch.allclose(first[0], first[1], atol=1e-3), "texts differ"

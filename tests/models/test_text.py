@@ -246,3 +246,42 @@ def test_bert_geometry_by_default():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="hidden_size 10 is not a multiple of num_attention_heads 4"):
         TextConfig(60, 10, 2, 4)
+
+
+def ragged(rows: int, length: int) -> torch.Tensor:
+    """A mask of rows that are all of different lengths but the last two."""
+    return (torch.arange(length) < torch.arange(rows).add(2).clamp(max=rows)[:, None]).long()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "index", [None, [0, 0, 0, 2, 2, 2], [2, 0, 1, 1, 0, 2]], ids=["even", "sorted", "mixed"]
+)
+def test_without_its_padding_a_text_is_what_it_is_with_it(index, causal):
+    """States of real tokens, and gradients; with images that nobody or a different number of rows look at."""
+    model, mask, tokens = transformer(), ragged(6, 7), ids(6, 7)
+    image = torch.randn(3, 5, 10, dtype=torch.float64)
+    found = []
+    for packed in (False, True):
+        seen = image.clone().requires_grad_()
+        memory = model.memory(seen, torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]]))
+        if index is not None:
+            memory = memory.rows(torch.tensor(index))
+        real = model(tokens, mask, memory, causal=causal, packed=packed)[mask.bool()]
+        model.zero_grad()
+        real.square().sum().backward()
+        found.append([real, seen.grad, model.layers[0].self_attention.attention.qkv.weight.grad.clone()])
+    assert all(torch.allclose(one, other, atol=1e-9) for one, other in zip(*found))
+    assert found[0][1].abs().amax(dim=(1, 2)).count_nonzero() == (2 if index == [0, 0, 0, 2, 2, 2] else 3)
+
+
+def test_rows_of_one_image_that_lie_together_are_not_copied():
+    model, image = transformer(), torch.randn(3, 5, 10, dtype=torch.float64)
+    memory = model.memory(image)
+    together, apart = memory.rows(torch.tensor([0, 2, 2])), memory.rows(torch.tensor([2, 0, 2]))
+    assert memory.counts is None and together.counts == [1, 0, 2] and apart.counts is None
+    tokens = ids(3, 4)
+    with torch.no_grad():
+        first, second = model(tokens, memory=together), model(tokens[[1, 0, 2]], memory=apart)
+    assert torch.allclose(first, second[[1, 0, 2]], atol=1e-12)
+    assert not torch.allclose(first[:2], second[:2], atol=1e-3), "rows differ"

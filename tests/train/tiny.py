@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openblip.models.adapters import LoraSettings
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.blip2 import Blip2, Blip2Config, without_heads
 from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.blip_nlvr import BlipNlvr, BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig, ClipTextConfig, clip_vision
-from openblip.models.lm import LoraSettings
 from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 from openblip.models.vit import VisionConfig

@@ -1,0 +1,168 @@
+"""Pictures that look the same, found before any model sees them: of each, the first in the source stays.
+
+    keep-<shard>.npy    numbers of the rows that stay, [n] int64
+    hashes-<shard>.npy  perceptual hashes of a shard's pictures, so that an interrupted search goes on
+
+The hash is imagehash's pHash: 64 bits of a picture's low frequencies, which survive scaling and compression.
+It sees no colours: flat drawings that differ in them alone are taken for one.
+`pip install "openblip[curate]"` brings it.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from openblip.config import UserError
+from openblip.curate.job import publish
+from openblip.data.image import BadImage, open_image
+from openblip.data.loader import prefetch
+from openblip.data.row_range import Rows
+from openblip.data.rows import BadRow, Row
+from openblip.data.shards import InShards, Named
+
+MOST = 8  # bits; beyond, different pictures are taken for one
+_HASHED = np.dtype([("row", "i8"), ("hash", "u8")])
+
+
+class KeptRows:
+    """A source without the rows that `deduplicate` found to be seen before. Safe to pickle."""
+
+    def __init__(self, source: InShards, folder: Path) -> None:
+        self.source, self.folder = source, folder
+
+    @property
+    def path(self) -> str:
+        """That of the source."""
+        return self.source.path
+
+    def shards(self) -> "list[Named]":
+        """Those of the source."""
+        return list(self.source.shards())
+
+    def part(self, shard: str) -> "ChosenRows":
+        """The rows of a shard that stay."""
+        return ChosenRows(self.source.part(shard), np.load(_keep(self.folder, shard)))
+
+    def identity(self, shard: str) -> str:
+        """Of the shard, and of which rows stay."""
+        chosen = _keep(self.folder, shard).read_bytes()
+        return hashlib.sha256(self.source.identity(shard).encode() + chosen).hexdigest()
+
+
+class ChosenRows:
+    """Some rows of others, in order."""
+
+    def __init__(self, rows: Rows, numbers: np.ndarray) -> None:
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Row:
+        return self.rows[int(self.numbers[index])]
+
+
+def deduplicate(
+    source: InShards,
+    folder: Path,
+    distance: int = 0,
+    *,
+    workers: int = 1,
+    report: Callable[[int, int], None] | None = None,
+) -> tuple[KeptRows, int]:
+    """Look at every picture of a source; what is left, and how many rows look like an earlier one.
+
+    Rows and pictures that cannot be used stay, to be met and counted with the others. Memory: about a hundred bytes a
+    picture, with a distance above 0 several hundred.
+
+    Args:
+        folder: the job's. distance: bits in which the hashes of equal pictures may differ, 0 to `MOST`.
+        workers: threads that decode. report: called with (shards looked at, shards in all).
+
+    Raises:
+        UserError: no imagehash, or an impossible distance.
+    """
+    if not 0 <= distance <= MOST:
+        raise UserError(f"the distance of equal pictures is 0 to {MOST} bits, got {distance}")
+    try:
+        import imagehash
+    except ImportError:
+        raise UserError(
+            'de-duplication needs the package imagehash: pip install "openblip[curate]"'
+        ) from None
+
+    def picture_hash(row: Row) -> int:
+        return int(str(imagehash.phash(open_image(row.image, draft_size=32))), 16)
+
+    names = [shard.name for shard in source.shards()]
+    seen = _Seen(distance)
+    found = prefetch(lambda name: _hashes(source, name, folder, picture_hash), names, workers)
+    dropped = 0
+    for done, (name, (rows, hashes)) in enumerate(zip(names, found, strict=True), 1):
+        again = [row for row, value in hashes.tolist() if seen.before(value)]
+        dropped += len(again)
+        file = io.BytesIO()
+        np.save(file, np.setdiff1d(np.arange(rows), np.array(again, np.int64)))
+        if not (path := _keep(folder, name)).is_file() or path.read_bytes() != file.getvalue():
+            publish(path, file.getvalue())
+        if report is not None:
+            report(done, len(names))
+    return KeptRows(source, folder), dropped
+
+
+class _Seen:
+    """Hashes so far. Two that differ in at most d bits are equal in one of d + 1 bands of theirs."""
+
+    def __init__(self, distance: int) -> None:
+        self.distance = distance
+        self.cuts = np.linspace(0, 64, distance + 2).round().astype(int).tolist()
+        self.bands: list[dict[int, list[int]]] = [{} for _ in range(distance + 1)]
+        self.exact: set[int] = set()
+
+    def before(self, value: int) -> bool:
+        """Whether one like this was seen; if not, now it is."""
+        if value in self.exact:
+            return True
+        if self.distance:
+            keys = [value >> low & (1 << high - low) - 1 for low, high in zip(self.cuts, self.cuts[1:])]
+            for band, key in zip(self.bands, keys, strict=True):
+                if any((value ^ other).bit_count() <= self.distance for other in band.get(key, ())):
+                    return True
+            for band, key in zip(self.bands, keys, strict=True):
+                band.setdefault(key, []).append(value)
+        self.exact.add(value)
+        return False
+
+
+def _hashes(
+    source: InShards, shard: str, folder: Path, picture_hash: Callable[[Row], int]
+) -> tuple[int, np.ndarray]:
+    """(number of rows, [n] of `_HASHED`) of a shard; none of one that cannot be opened: the job puts it aside."""
+    path = folder / f"hashes-{shard}.npy"
+    identity = source.identity(shard)
+    if path.is_file():
+        with path.open("rb") as file:
+            if str(np.load(file)) == identity:
+                return int(np.load(file)), np.load(file)
+    try:
+        rows = source.part(shard)
+    except Exception:
+        return 0, np.empty(0, _HASHED)
+    found = []
+    for number in range(len(rows)):
+        try:
+            found.append((number, picture_hash(rows[number])))
+        except (BadRow, BadImage):
+            continue
+    hashes, content = np.array(found, _HASHED), io.BytesIO()
+    for part in (np.array(identity), np.array(len(rows)), hashes):
+        np.save(content, part)
+    publish(path, content.getvalue())
+    return len(rows), hashes
+
+
+def _keep(folder: Path, shard: str) -> Path:
+    return folder / f"keep-{shard}.npy"
