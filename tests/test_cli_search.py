@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,13 @@ def test_every_action_has_its_help(capsys):
         with pytest.raises(SystemExit) as end:
             cli.main(["index", name, "--help"])
         assert end.value.code in (0, None) and told in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_about_search_runs(root, folder, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs/search.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    (tmp_path / "my_model").symlink_to(root / "filter")
+    (tmp_path / "my_folder").symlink_to(folder / "data")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "search.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 4

@@ -220,9 +220,9 @@ class Index:
         except (ValueError, RuntimeError) as error:
             if where is None:
                 raise
-            said = str(error).strip().splitlines()[0].removeprefix("Invalid input, ")
+            said = _said(error).removeprefix("Invalid input, ").rstrip(".")
             raise UserError(
-                f"where {where!r}: {said.rstrip('.')}; a filter is SQL, texts in single quotes: split = 'train'"
+                f"where {where!r}: {said}; a filter is SQL, texts in single quotes: split = 'train'"
             ) from None
 
     def stats(self) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def new_index(path: str, made: Made) -> Index:
     try:
         table = _connect(path).create_table(TABLE, schema=schema_of(made))
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{path}: no index can be made there: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: no index can be made there: {_said(error)}") from None
     return Index(path, table, made)
 
 
@@ -284,7 +284,7 @@ def _find(path: str) -> Index | None:
             return None
         table = database.open_table(TABLE)
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{path}: the index cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: the index cannot be read: {_said(error)}") from None
     return Index(path, table, made_of(table.schema, path))
 
 
@@ -299,7 +299,12 @@ def _connect(path: str) -> Any:
     try:
         return lancedb.connect(path, read_consistency_interval=FRESH)
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{path}: cannot be opened: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be opened: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error; LanceDB's others are places in its source."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
