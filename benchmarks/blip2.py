@@ -70,6 +70,7 @@ def stage1(bench: Bench) -> None:
     paper = small if bench.quick else Blip2Config(VIT_L)
     for name, config, rows in (("ViT-L, BERT-base", paper, 8), ("small recipe", small, 32)):
         task = Blip2Task(Blip2(config), Blip2TaskConfig()).eval()
+        rows = bench.batch(rows)
         batch = pairs(rows, config.vision)
         tokens = 1 + (config.vision.image_size // config.vision.patch_size) ** 2
         batch["image_embeds"] = torch.randn(rows, tokens, config.vision.hidden_size)
@@ -113,6 +114,7 @@ def small_lm() -> dict[str, Any]:
 
 def stage2(bench: Bench, rows: int = 16) -> None:
     """What caching the frozen tower's features saves."""
+    rows = bench.batch(rows)
     task, batch = stage2_task(bench, rows)
     with torch.no_grad():
         cached = {**batch, "image_embeds": task.model.encode_image(batch["pixel_values"])}
@@ -143,6 +145,7 @@ def caption(bench: Bench, rows: int = 4, tokens: int = 20) -> None:
         save_for_transformers(model, folder)
         peer = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     peer.eval().requires_grad_(False)
+    rows = bench.batch(rows)
     pixels, prompt = torch.randn(rows, 3, *[vision.image_size] * 2), torch.full((rows, 1), 1)
     queries = stage1.qformer.num_query_tokens
     theirs_prompt = torch.cat([torch.full((rows, queries), lm["image_token_index"]), prompt], dim=1)

@@ -156,8 +156,8 @@ def words(bench: Bench) -> None:
 def words_one(dtype: torch.dtype, latents: int | None, bench: Bench, rows: int = 4, new: int = 30) -> None:
     """The same, in one precision and for one K."""
     ours, own, theirs, other = sides(latents, rows, bench.quick, words=10)
-    ours.eval().to(dtype)
-    theirs.eval().to(dtype)
+    ours.eval().requires_grad_(False).to(dtype)
+    theirs.eval().requires_grad_(False).to(dtype)
     pixels = own["pixel_values"].to(dtype)
     settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
     padding = (other["attention_mask"] == 0).sum(dim=1).tolist()
@@ -188,7 +188,7 @@ def words_one(dtype: torch.dtype, latents: int | None, bench: Bench, rows: int =
 def tiles(bench: Bench) -> None:
     """Two pictures of 5 tiles and two of 4."""
     torch.manual_seed(0)
-    model = our_model(USUAL, bench.quick, sampling="anyres").eval()
+    model = our_model(USUAL, bench.quick, sampling="anyres").eval().requires_grad_(False)
     grids = torch.tensor([[2, 2, 448, 448], [3, 1, 900, 300], [2, 2, 500, 480], [1, 3, 200, 600]])
     count = int((1 + grids[:, 0] * grids[:, 1]).sum())
     side = model.config.vision.image_size
@@ -213,7 +213,7 @@ def tiles(bench: Bench) -> None:
 def chat(bench: Bench, new: int = 20) -> None:
     """One picture of 5 tiles, 40 words, an answer, 20 words more."""
     torch.manual_seed(0)
-    model = our_model(USUAL, bench.quick, sampling="anyres").eval()
+    model = our_model(USUAL, bench.quick, sampling="anyres").eval().requires_grad_(False)
     vision = model.config.vision
     pixels = torch.randn(5, 3, vision.image_size, vision.image_size)
     grids = torch.tensor([[2, 2, 448, 448]])

@@ -101,18 +101,21 @@ class Bench:
         same: Callable[[Any, Any], bool] | None,
         *,
         dtype: torch.dtype | None = None,
+        memory: bool = True,
     ) -> Row:
         """Time both in turn, print the line and keep it.
 
         same: judges what both returned before anything is timed. None: they are different by nature.
         dtype: of the matrix products of ours; None leaves the share of the machine's limit out.
+        memory: whether this process is the one whose memory tells something.
         Raises AssertionError: they do not agree.
         """
         (output, most), (our_output, our_most) = peak(theirs), peak(ours)
         if same is not None and not same(output, our_output):
             raise AssertionError(f"{name}: the two sides do not agree")
         del output, our_output
-        memory = None if most is None or our_most is None else most / max(our_most, 1)
+        is_known = memory and most is not None and our_most is not None
+        held = most / max(our_most, 1) if is_known else None
         operations = 0 if dtype is None else matrix_products(ours)
         ratios, shares = [], []
         for _ in range(self.runs):
@@ -121,7 +124,7 @@ class Bench:
             if dtype is not None:
                 shares.append(operations * self.product(dtype) / our_time)
         share = statistics.median(shares) if shares else None
-        row = Row(name, statistics.median(ratios), min(ratios), max(ratios), memory, share)
+        row = Row(name, statistics.median(ratios), min(ratios), max(ratios), held, share)
         print(row, flush=True)
         self.rows.append(row)
         return row
@@ -129,10 +132,8 @@ class Bench:
 
 def matrix_products(call: Call) -> int:
     """How many floating-point operations a call spends on matrix products and convolutions."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):  # the fused kernel is not counted
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernel would not be counted
         call()
     return counter.get_total_flops()
 

@@ -28,12 +28,13 @@ def python(*arguments: str) -> Call:
 
 def start(bench: Bench) -> None:
     """Interpreters, start to end."""
-    bench.paired("import openblip, against transformers", *imports("transformers", "openblip"), None)
+    calls = imports("transformers", "openblip")
+    bench.paired("import openblip, against transformers", *calls, None, memory=False)
     theirs, ours = (
         python("-c", "import torch"),
         python("-c", "from openblip.cli import main; main(['--help'])"),
     )
-    bench.paired("openblip --help, against importing torch", theirs, ours, None)
+    bench.paired("openblip --help, against importing torch", theirs, ours, None, memory=False)
 
 
 def imports(theirs: str, ours: str) -> tuple[Call, Call]:
