@@ -26,7 +26,7 @@ def place_of(row: Row, reading: dict[str, Any]) -> str:
         return json.dumps({"url": absolute(image.url), "start": image.start, "stop": image.stop})
     if isinstance(image, InSource):
         return json.dumps({"data": absolute(image.source.path), "reading": reading, "row": image.index})
-    raise BadRow("not_an_image", row.where, f"a picture is wanted, got {type(image).__name__}")
+    raise BadRow("missing_image", row.where, f"a picture is wanted, got {type(image).__name__}")
 
 
 def absolute(path: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from openblip.config import UserError
 from openblip.curate.capfilt import CapFiltConfig
@@ -81,6 +82,16 @@ def test_no_cluster_and_no_ray_are_one_line(tmp_path, monkeypatch):
         next(on_ray(ColourCapFilt(), source, ["00000"], work, RayOptions()))
 
 
+@pytest.fixture
+def one_thread():
+    """As an actor of one CPU has; with more, sums are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_real_models_on_two_actors_and_one_and_here_make_the_same_files(cluster, tmp_path):
     source = tars(tmp_path, tars=4, each=3, bad={5: b"no picture"})
     save_blip(tmp_path / "writer")
