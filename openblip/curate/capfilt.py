@@ -223,7 +223,7 @@ class CapFilt:
         seeds = [seed_of(row.id, self.config.seed) for row in rows]
         found: list[dict[str, Written]] = [{} for _ in rows]
         hashes = [name for key, name in self.models.items() if key != "filter"]
-        for captioner, name, seen in zip(self.captioners, hashes, embeds, strict=False):
+        for captioner, name, seen in zip(self.captioners, hashes, embeds[:-1], strict=True):
             written = captioner.caption_embeds(seen, self.config.prompt, self.config.generation, seeds)
             for of, texts, seed in zip(found, written, seeds, strict=True):
                 for text in texts:
@@ -275,7 +275,7 @@ class CapFilt:
 def model_names(captioners: Sequence[str], filter: str) -> dict[str, str]:
     """Hashes by part: `captioner`, of several `captioner2` and so on, and `filter`."""
     names = {
-        f"captioner{number or ''}": one for number, one in zip((0, *range(2, 100)), captioners, strict=False)
+        f"captioner{number if number > 1 else ''}": one for number, one in enumerate(captioners, start=1)
     }
     return {**names, "filter": filter}
 

@@ -43,12 +43,18 @@ class KeptRows:
         return list(self.source.shards())
 
     def part(self, shard: str) -> "ChosenRows":
-        """The rows of a shard that stay."""
-        return ChosenRows(self.source.part(shard), np.load(_keep(self.folder, shard)))
+        """The rows of a shard that stay. Raises UserError: it could not be opened when duplicates were looked for."""
+        rows, file = self.source.part(shard), _keep(self.folder, shard)
+        if not file.is_file():
+            raise UserError(
+                f"{shard}: could not be opened when duplicates were looked for, and now it can; retry"
+            )
+        return ChosenRows(rows, np.load(file))
 
     def identity(self, shard: str) -> str:
         """Of the shard, and of which rows stay."""
-        chosen = _keep(self.folder, shard).read_bytes()
+        file = _keep(self.folder, shard)
+        chosen = file.read_bytes() if file.is_file() else b""
         return hashlib.sha256(self.source.identity(shard).encode() + chosen).hexdigest()
 
 
@@ -101,13 +107,17 @@ def deduplicate(
     seen = _Seen(distance)
     found = prefetch(lambda name: _hashes(source, name, folder, picture_hash), names, workers)
     dropped = 0
-    for done, (name, (rows, hashes)) in enumerate(zip(names, found, strict=True), 1):
-        again = [row for row, value in hashes.tolist() if seen.before(value)]
-        dropped += len(again)
-        file = io.BytesIO()
-        np.save(file, np.setdiff1d(np.arange(rows), np.array(again, np.int64)))
-        if not (path := _keep(folder, name)).is_file() or path.read_bytes() != file.getvalue():
-            publish(path, file.getvalue())
+    for done, (name, looked) in enumerate(zip(names, found, strict=True), 1):
+        path, file = _keep(folder, name), io.BytesIO()
+        if looked is None:
+            path.unlink(missing_ok=True)
+        else:
+            rows, hashes = looked
+            again = [row for row, value in hashes.tolist() if seen.before(value)]
+            dropped += len(again)
+            np.save(file, np.setdiff1d(np.arange(rows), np.array(again, np.int64)))
+            if not path.is_file() or path.read_bytes() != file.getvalue():
+                publish(path, file.getvalue())
         if report is not None:
             report(done, len(names))
     return KeptRows(source, folder), dropped
@@ -139,8 +149,8 @@ class _Seen:
 
 def _hashes(
     source: InShards, shard: str, folder: Path, picture_hash: Callable[[Row], int]
-) -> tuple[int, np.ndarray]:
-    """(number of rows, [n] of `_HASHED`) of a shard; none of one that cannot be opened: the job puts it aside."""
+) -> tuple[int, np.ndarray] | None:
+    """(number of rows, [n] of `_HASHED`) of a shard; None if it cannot be opened, which the job will find and say."""
     path = folder / f"hashes-{shard}.npy"
     identity = source.identity(shard)
     if path.is_file():
@@ -149,8 +159,8 @@ def _hashes(
                 return int(np.load(file)), np.load(file)
     try:
         rows = source.part(shard)
-    except Exception:
-        return 0, np.empty(0, _HASHED)
+    except Exception:  # whatever it is: `KeptRows.part` meets it again, and the shard is put aside with it
+        return None
     found = []
     for number in range(len(rows)):
         try:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from openblip.config import UserError
 from openblip.data.collate import Rows, rows_fingerprint
 from openblip.data.loader import Dataset, Sample
+from openblip.data.row_range import RowRange
 from openblip.data.rows import Row
 
 
@@ -108,25 +109,10 @@ class MixedRows:
         """The rows of each source by themselves, with the same ids, by the number of the source."""
         numbers = np.array([number for number, _ in self.places])
         starts = np.searchsorted(numbers, range(len(self.sources) + 1)).tolist()
-        return {str(n): _Part(self, *span) for n, span in enumerate(itertools.pairwise(starts))}
+        return {str(n): RowRange(self, *span) for n, span in enumerate(itertools.pairwise(starts))}
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of what was drawn of which sources (see `rows_fingerprint`)."""
         state = [[rows_fingerprint(source) for source in self.sources], self.places]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows `start` to `stop`."""
-
-    rows: Rows
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int, /) -> Row:
-        return self.rows[self.start + index]

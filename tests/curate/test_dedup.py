@@ -83,3 +83,23 @@ def test_hashes_within_the_distance_are_found_by_their_bands():
 def test_impossible_distances_are_refused(tmp_path):
     with pytest.raises(UserError, match="0 to 8 bits, got 9"):
         deduplicate(web(tmp_path), tmp_path, 9)
+
+
+def test_a_shard_that_could_not_be_opened_once_is_put_aside_and_not_taken_for_empty(tmp_path, monkeypatch):
+    source, job = web(tmp_path), tmp_path / "job"
+    job.mkdir()
+    part = type(source).part
+
+    def fails_once(self, shard):
+        if shard == "00001":
+            raise OSError("the network was away")
+        return part(self, shard)
+
+    monkeypatch.setattr(type(source), "part", fails_once)
+    kept, _ = deduplicate(source, job, 4)
+    monkeypatch.setattr(type(source), "part", part)
+    result = run(ColourCapFilt(), kept, job)
+    assert list(result.aside) == ["00001"] and "could not be opened when duplicates" in result.aside["00001"]
+    kept, dropped = deduplicate(source, job, 4)
+    result = run(ColourCapFilt(), kept, job)
+    assert not result.aside and dropped == 3 and result.images == 8, "the same call again finishes it"
