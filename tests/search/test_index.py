@@ -355,7 +355,8 @@ def test_the_ann_index_finds_what_the_exact_search_finds_and_what_came_after_it(
     centres = unit(rng.normal(size=(50, width)))
     vectors = unit(centres[rng.integers(50, size=count)] + 0.1 * rng.normal(size=(count, width)))
     index = new_index(str(tmp_path / "index"), Made("made", "0", "fp32", width, 0))
-    assert index.append(lines(vectors[:5000], 0)) == 5000 and index.append(lines(vectors[:10], 0)) == 0
+    assert index.append(lines(vectors[:5000], 0)) == 5000 and index.append(lines(vectors[10:20], 0)) == 0
+    assert index.nearest(vectors[0], 1, exact=True)[0]["id"] == "0", "what is there stays as it is"
     monkeypatch.setattr(module, "EXACT_BELOW", 5001)
     index.tend()
     assert index.stats()["search"] == "exact"
