@@ -233,6 +233,10 @@ def to_blip2_llm(config: Blip2LlmConfig) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
+    if config.query_projections:
+        raise UserError(
+            "transformers has one projection for all queries, and this model has one for each: query_projections"
+        )
     if config.first_token_id is not None:
         raise UserError(
             f"transformers has no token before the soft prompt, and this model was trained with one: first_token_id is "

@@ -104,12 +104,14 @@ def retrieval(
     embeds: Embeds | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Image-to-text and text-to-image recall (BLIP §5.1): {"itc": {...}, "itm": {...}}.
+    """Image-to-text and text-to-image recall (BLIP §5.1): {"itc": {...}, "itm": {...}, "itm_itc": {...}}.
 
     "itc" ranks by cosine alone. "itm" takes the k best by cosine, for each image and for each text, and ranks
-    these by ITM logit + cosine; all else comes last. CLIP has no ITM head: "itc" is all there is. Every caption
-    of a row is a text. A pair that both directions ask for is scored once, an image is projected once for all its
-    texts, and embeddings are kept for the second pass as far as `_KEPT` goes.
+    these by ITM logit + cosine, as the released code does; all else comes last. "itm_itc" ranks the same k by ITM log
+    odds + cosine / temperature: an ITM head that learnt from negatives drawn in proportion to exp(cosine / temperature)
+    knows log P(match) − log of that proportion, so the sum is what ranks best. CLIP has no ITM head: "itc" is all there
+    is. Every caption of a row is a text. A pair that both directions ask for is scored once, an image is projected once
+    for all its texts, and embeddings are kept for the second pass as far as `_KEPT` goes.
     """
     rows = by_picture(rows)
     texts = [clean_caption(caption) for row in rows for caption in row.captions]
@@ -141,33 +143,36 @@ def retrieval(
     wanted = torch.zeros_like(cosine, dtype=torch.bool)
     wanted.scatter_(1, cosine.topk(min(k, len(texts)), dim=1).indices, True)
     wanted.scatter_(0, cosine.topk(min(k, len(rows)), dim=0).indices, True)
-    scores = torch.full_like(cosine, -torch.inf)
+    by_itm = torch.full_like(cosine, -torch.inf)
+    by_both = by_itm.clone()
+    temperature = float(model.temperature)
     tokens = pipeline.tokens(texts)
     for block in blocks:
         seen = kept.pop(block.start) if block.start in kept else _on(pipeline, embeds(rows[block]))
         for few in _parts(rows[block], _PROJECTED):
             first = block.start + few.start
             image, text = wanted[first : block.start + few.stop].nonzero().unbind(1)
-            logits = _itm_scores(model, seen[few], tokens, image, text)
-            scores[first + image, text] = logits + cosine[first + image, text]
+            logits, near = _itm_logits(model, seen[few], tokens, image, text), cosine[first + image, text]
+            by_itm[first + image, text] = logits[:, 1] + near
+            by_both[first + image, text] = logits[:, 1] - logits[:, 0] + near / temperature
         _tell(report, len(rows) + block.stop, passes)
-    return result | {"itm": recall_at(scores, owner)}
+    return result | {"itm": recall_at(by_itm, owner), "itm_itc": recall_at(by_both, owner)}
 
 
-def _itm_scores(model: Any, embeds: Tensor, tokens: dict[str, Tensor], image: Tensor, text: Tensor) -> Tensor:
-    """The ITM logit of a match [K], float32, for K pairs of one of image_embeds [B, N, D] and one of the texts.
+def _itm_logits(model: Any, embeds: Tensor, tokens: dict[str, Tensor], image: Tensor, text: Tensor) -> Tensor:
+    """ITM logits [K, 2], float32, column 1 = match, for K pairs of one of image_embeds [B, N, D] and one of the texts.
 
     In batches of pairs whose texts are about as long, of whatever images: little padding, and few small batches.
     """
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    memory, scores = model.encoder_memory(embeds), torch.empty(len(text))
+    memory, logits = model.encoder_memory(embeds), torch.empty(len(text), 2)
     for part in mask.sum(dim=1).cpu()[text].argsort(stable=True).split(_PAIRS):
         part = part[image[part].argsort(stable=True)]  # those of one image together
         rows = text[part].to(ids.device)
         length = int(mask[rows].sum(dim=1).max())
         seen = memory.rows(image[part].to(ids.device))
-        scores[part] = model.itm_logits(seen, ids[rows, :length], mask[rows, :length])[:, 1].float().cpu()
-    return scores
+        logits[part] = model.itm_logits(seen, ids[rows, :length], mask[rows, :length]).float().cpu()
+    return logits
 
 
 def captioning(

@@ -42,12 +42,14 @@ class Blip2LlmConfig:
     qformer_text: InstructBLIP, whose Q-Former reads the instruction too. Raises ConfigError: it has no text part.
     first_token_id: a token that stands before the soft prompt. A decoder whose texts always began with one token leans
         its attention on it, and a small one is of no use without (docs/results.md). The released models have none.
+    query_projections: a projection of its own for each query, see `QueryProjections`. The released models share one.
     """
 
     lm: LmConfig
     blip2: Blip2Config = field(default_factory=_queries_alone)
     qformer_text: bool = False
     first_token_id: int | None = None
+    query_projections: bool = False
 
     def __post_init__(self) -> None:
         if self.qformer_text and not self.blip2.qformer.text:
@@ -69,6 +71,27 @@ class Blip2LlmConfig:
         return self.blip2.qformer if self.blip2.qformer.text else None
 
 
+class QueryProjections(nn.Module):
+    """A linear map for each of Q queries: states [B, T · Q, D] of T frames -> [B, T · Q, H].
+
+    The queries of a Q-Former that was trained for hours, not weeks, come to hold the same (docs/results.md), and one
+    map makes Q times the same token of them. Biases begin as far apart as the words of a language model.
+    """
+
+    def __init__(self, queries: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(queries, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(queries, out_features))
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.bias, std=0.1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Each query through its own map."""
+        frames = states.unflatten(1, (-1, len(self.weight)))
+        seen = torch.einsum("btqd,qdh->btqh", frames, self.weight)
+        return (seen + self.bias.to(seen.dtype)).flatten(1, 2)
+
+
 class Blip2Llm(nn.Module):
     """Stage 1, projection, language model. `lm`: the one with its weights; None: fresh ones."""
 
@@ -77,8 +100,13 @@ class Blip2Llm(nn.Module):
         self.config = config
         self.blip2 = Blip2(config.blip2)
         self.lm = LanguageModel(config.lm) if lm is None else lm
-        self.projection = nn.Linear(config.blip2.qformer.hidden_size, self.lm.hidden_size)
-        self.projection.apply(init_weights)
+        qformer = config.blip2.qformer
+        if config.query_projections:
+            widths = qformer.hidden_size, self.lm.hidden_size
+            self.projection: nn.Module = QueryProjections(qformer.num_query_tokens, *widths)
+        else:
+            self.projection = nn.Linear(qformer.hidden_size, self.lm.hidden_size)
+            self.projection.apply(init_weights)
         first = config.first_token_id
         if first is not None and not 0 <= first < self.lm.vocab_size:
             raise ConfigError(f"first_token_id {first}: the language model has {self.lm.vocab_size} tokens")
@@ -234,5 +262,5 @@ def without_stage1(model: Blip2Llm) -> Blip2Llm:
     found = Blip2Llm(replace(model.config, blip2=blip2.config), model.lm)
     found.blip2 = blip2
     found.projection.load_state_dict(model.projection.state_dict())
-    some = model.projection.weight
+    some = next(model.projection.parameters())
     return found.to(some.device, some.dtype).train(model.training)

@@ -78,14 +78,23 @@ def blip2_stage1_small() -> Recipe:
     )  # fmt: skip
 
 
+def blip2_retrieval_small() -> Recipe:
+    """Retrieval fine-tuning of a small stage 1 (BLIP-2 §4.4): ITM sees every pair of a batch, not a quarter of them."""
+    recipe = blip2_stage1_small()
+    train = replace(recipe.train, max_steps=450, lr=6e-4, warmup_steps=30)
+    task = replace(recipe.blip2_task, match_pairs=None)
+    return replace(recipe, train=train, blip2_task=task, calibrate=0, vision_init=None, text_init=None)
+
+
 def blip2_stage2_small() -> Recipe:
     """BLIP-2 stage 2 for two CPU cores: the queries learn to tell SmolLM2-135M, which stays as it is."""
     recipe = blip2_stage1_small()
-    train = replace(recipe.train, max_steps=620, batch_size=32, lr=8e-4)
+    train = replace(recipe.train, max_steps=700, batch_size=16, lr=8e-4, warmup_steps=30)
     task = Blip2LlmTaskConfig(keep_tokens=0.5, text_lr_scale=0.3)
     # <|im_start|>: what every text began with that SmolLM2 was taught to answer.
+    language = Language(first_token_id=1, query_projections=True)
     return replace(
-        recipe, stage="blip2_stage2", train=train, language=Language(first_token_id=1), blip2_llm_task=task,
+        recipe, stage="blip2_stage2", train=train, language=language, blip2_llm_task=task, captions=5,
         calibrate=0, vision_init=None, text_init=None,
     )  # fmt: skip
 
@@ -94,7 +103,9 @@ def blip2_small() -> Recipe:
     """Both stages' losses at once, on a stage 1: one small model that matches, embeds and tells."""
     recipe = blip2_stage2_small()
     first = replace(recipe.blip2_task, match_pairs=8, write_pairs=8)
-    return replace(recipe, blip2_llm_task=replace(recipe.blip2_llm_task, stage1=first))
+    train = replace(recipe.train, batch_size=32)
+    task = replace(recipe.blip2_llm_task, stage1=first)
+    return replace(recipe, train=train, blip2_llm_task=task, captions=1)
 
 
 def blip2_stage1_short() -> Recipe:

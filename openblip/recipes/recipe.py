@@ -41,7 +41,8 @@ class Language:
     """A language model: where it comes from, what is trained of it (nothing, adapters, all), how it is told to talk.
 
     adapters_alone: nothing but the adapters is trained, not even what stands before the language model (BLIP-3).
-    changes: to its configuration. family: see `LmConfig`. first_token_id: see `Blip2LlmConfig`.
+    changes: to its configuration. family: see `LmConfig`.
+    first_token_id, query_projections: see `Blip2LlmConfig`.
     """
 
     source: str = "smollm2"
@@ -51,6 +52,7 @@ class Language:
     changes: dict[str, Any] = field(default_factory=dict)
     family: str = ""
     first_token_id: int | None = None
+    query_projections: bool = False
 
 
 @dataclass

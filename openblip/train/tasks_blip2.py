@@ -181,7 +181,7 @@ class Blip2LlmTask(Task):
 
     def begin_step(self, step: int) -> None:
         """Seed this step's draws."""
-        self.draws = _seeded_draws(self.config.seed, step, self.model.projection.weight.device)
+        self.draws = _seeded_draws(self.config.seed, step, next(self.model.parameters()).device)
 
     def forward(self, batch: Batch) -> Losses:
         """{"lm": loss}, and those of stage 1 if they are trained too."""

@@ -1,5 +1,6 @@
 """The papers' protocols against slow, plain ones: every pair scored, the rule written out."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -52,11 +53,11 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(pipeline, rows):
-    """(cosine, ITM logit) [images, texts] and the image of each text, one pair at a time."""
+    """(cosine, ITM logit of a match, ITM log odds) [images, texts], the image of each text; one pair at a time."""
     texts = [clean_caption(text) for row in rows for text in row.captions]
     owner = [number for number, row in enumerate(rows) for _ in row.captions]
     model = pipeline.model
-    cosine, logit = np.zeros((len(rows), len(texts))), np.zeros((len(rows), len(texts)))
+    cosine, logit, odds = (np.zeros((len(rows), len(texts))) for _ in range(3))
     with torch.inference_mode():
         for i, row in enumerate(rows):
             (embeds, _) = next(pipeline.encoded([row.image]))
@@ -67,8 +68,8 @@ def plain(pipeline, rows):
                 scores = model.itm_logits(
                     model.encoder_memory(embeds), ids["input_ids"], ids["attention_mask"]
                 )
-                logit[i, j] = scores[0, 1]
-    return cosine, logit, owner
+                logit[i, j], odds[i, j] = scores[0, 1], scores[0, 1] - scores[0, 0]
+    return cosine, logit, odds, owner
 
 
 def plain_recalls(scores, owner) -> dict[str, float]:
@@ -92,27 +93,29 @@ def plain_recalls(scores, owner) -> dict[str, float]:
 
 @pytest.mark.parametrize("k", [1, 2, 4, 100])
 def test_retrieval_is_cosine_then_itm_of_the_k_best(pipeline, rows, plain, k):
-    cosine, logit, owner = plain
+    cosine, logit, odds, owner = plain
     found = retrieval(pipeline, rows, k=k)
     assert (found["images"], found["texts"]) == (6, 9)
     assert {name: found["itc"][name] for name in plain_recalls(cosine, owner)} == pytest.approx(
         plain_recalls(cosine, owner)
     )
-    scores = np.full_like(cosine, -np.inf)
+    chosen = np.zeros_like(cosine, bool)
     for i in range(6):
         for j in range(9):
             of_image = sorted(cosine[i], reverse=True)[: min(k, 9)]
             of_text = sorted(cosine[:, j], reverse=True)[: min(k, 6)]
-            if cosine[i, j] >= of_image[-1] or cosine[i, j] >= of_text[-1]:
-                scores[i, j] = logit[i, j] + cosine[i, j]
-    expected = plain_recalls(scores, owner)
-    assert {name: found["itm"][name] for name in expected} == pytest.approx(expected)
-    assert found["itm"]["r_mean"] == pytest.approx(sum(expected.values()) / 6)
+            chosen[i, j] = cosine[i, j] >= of_image[-1] or cosine[i, j] >= of_text[-1]
+    by_both = odds + cosine / pipeline.model.temperature.item()
+    for name, scores in (("itm", logit + cosine), ("itm_itc", by_both)):
+        expected = plain_recalls(np.where(chosen, scores, -np.inf), owner)
+        assert {key: found[name][key] for key in expected} == pytest.approx(expected)
+        assert found[name]["r_mean"] == pytest.approx(sum(expected.values()) / 6)
 
 
 @pytest.mark.parametrize("kept", [0, 2**20], ids=["embedded twice", "embeddings kept"])
 def test_how_pairs_are_put_in_batches_changes_no_score(pipeline, rows, plain, kept, monkeypatch):
-    cosine, logit, _ = plain
+    cosine, logit, odds, _ = plain
+    by_both = odds + cosine / pipeline.model.temperature.item()
     judged = []
 
     def note(scores, owner):
@@ -131,18 +134,20 @@ def test_how_pairs_are_put_in_batches_changes_no_score(pipeline, rows, plain, ke
             monkeypatch.setattr(benchmarks, name, value)
         retrieval(pipeline, rows, k=2, embeds=embeds)
         assert len(asked) == len(rows) * (1 if kept else 2)
-        itm = judged[-1]
+        itm, both = judged[-2:]
         scored = itm > -torch.inf
         assert itm[scored].tolist() == pytest.approx((logit + cosine)[scored].tolist(), abs=1e-5)
+        assert both[scored].tolist() == pytest.approx(by_both[scored].tolist(), abs=1e-4)
         per_image = scored.sum(dim=1).tolist()
         assert len(set(per_image)) > 1 and min(per_image) >= 2, "images with more and fewer candidates"
 
 
-def test_the_rule_makes_a_difference_here(plain):
-    """Cosine, ITM alone, and their sum rank these pairs differently, so the test above can fail."""
-    cosine, logit, owner = plain
-    found = [plain_recalls(scores, owner) for scores in (cosine, logit + cosine, -cosine)]
-    assert found[0] != found[1] and found[1] != found[2]
+def test_the_rule_makes_a_difference_here(pipeline, plain):
+    """Cosine, ITM alone, and their sums rank these pairs differently, so the test above can fail."""
+    cosine, logit, odds, owner = plain
+    by_both = odds + cosine / pipeline.model.temperature.item()
+    found = [plain_recalls(scores, owner) for scores in (cosine, logit + cosine, by_both, -cosine)]
+    assert all(one != other for one, other in itertools.combinations(found, 2))
     assert (np.argsort(logit, axis=1) != np.argsort(logit + cosine, axis=1)).any()
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from openblip.config import ConfigError, UserError, from_dict, to_dict
 from openblip.convert.huggingface import to_huggingface
 from openblip.models.blip2 import Blip2Config
-from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig, without_stage1
 from openblip.models.generation import GenerationConfig
 from openblip.models.lm import LmConfig
 from openblip.models.qformer import QFormerConfig
@@ -198,6 +198,28 @@ def test_candidates_of_their_own_for_each_image():
         one = slice(row, row + 1)
         alone = model.rank(soft[one], ids[one], answers[row], torch.ones_like(answers[row]))
         torch.testing.assert_close(ours[one], alone, rtol=0, atol=1e-9)
+
+
+def test_queries_may_have_projections_of_their_own():
+    plain = tiny()
+    model = Blip2Llm(replace(plain.config, query_projections=True), plain.lm).double().eval()
+    model.blip2 = plain.blip2
+    pixels, ids = batch(2)
+    embeds = model.encode_image(pixels)
+    soft = model.soft_prompt(embeds)
+    states = model.blip2.qformer.encode_queries(model.blip2.memory(embeds))
+    for query, (weight, bias) in enumerate(zip(model.projection.weight, model.projection.bias, strict=True)):
+        torch.testing.assert_close(soft[:, query], states[:, query] @ weight + bias, rtol=0, atol=1e-12)
+    assert (soft[:, 0] - soft[:, 1]).abs().max() > 0.05, "apart from the start"
+    frames = torch.stack([embeds, embeds.flip(0)], dim=1)  # each frame's queries have their maps again
+    both = model.soft_prompt(frames)
+    torch.testing.assert_close(both, torch.cat([soft, soft.flip(0)], dim=1), rtol=0, atol=1e-12)
+    model.labelled_logits(soft, ids, torch.ones_like(ids), ids)[0].sum().backward()
+    assert all(weight.abs().max() > 0 for weight in model.projection.weight.grad)
+    assert without_stage1(model).projection.weight.equal(model.projection.weight)
+    assert from_dict(Blip2LlmConfig, to_dict(model.config), "here") == model.config
+    with pytest.raises(UserError, match="one projection for all queries"):
+        to_huggingface(model)
 
 
 def test_a_first_token_stands_before_the_soft_prompt_and_is_read():
