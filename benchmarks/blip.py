@@ -171,9 +171,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype is torch.float32 else 0.1
 
 
-def photographs(count: int, quick: bool) -> list[bytes]:
-    """JPEGs of 12 megapixels: clouds of colour with a little grain."""
-    width, height, found = (400, 300, []) if quick else (4000, 3000, [])
+def photographs(count: int, quick: bool, width: int = 4000, height: int = 3000) -> list[bytes]:
+    """JPEGs of 12 megapixels, or of another size: clouds of colour with a little grain."""
+    width, height, found = (400, 300, []) if quick else (width, height, [])
     for number in range(count):
         draw = np.random.default_rng(number)
         clouds = Image.fromarray(draw.integers(0, 256, (30, 40, 3), np.uint8))

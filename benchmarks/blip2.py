@@ -4,7 +4,7 @@
 
 stage1     one training step against the released code's way: every pass projects the image anew, texts padded to 32
 stage2     one training step on cached features against one that runs the frozen tower
-caption2   5 beams against transformers' Blip2ForConditionalGeneration
+caption2   5 beams against transformers' Blip2ForConditionalGeneration, and both behind the vision tower alone
 """
 
 import tempfile
@@ -152,8 +152,8 @@ def caption(bench: Bench, rows: int = 4, tokens: int = 20) -> None:
     settings = GenerationConfig(num_beams=5, max_new_tokens=tokens, min_new_tokens=tokens)
 
     @torch.inference_mode()
-    def ours() -> Tensor:
-        soft = model.soft_prompt(model.encode_image(pixels.to(model.projection.weight.dtype)))
+    def ours(seen: Tensor | None = None) -> Tensor:
+        soft = model.soft_prompt(model.encode_image(pixels.to(peer.dtype)) if seen is None else seen)
         return model.generate(soft, prompt, config=settings).sequences
 
     @torch.inference_mode()
@@ -170,6 +170,14 @@ def caption(bench: Bench, rows: int = 4, tokens: int = 20) -> None:
         same = same_ids if dtype is torch.float32 else None
         name = f"caption, ViT-L + 135M, beam 5, batch {rows}, {named(dtype)}"
         bench.paired(name, theirs, ours, same, dtype=dtype)
+        with torch.inference_mode():
+            seen, tower = peer.vision_model(pixels.to(dtype)), peer.vision_model.forward
+            embeds = model.encode_image(pixels.to(dtype))
+        peer.vision_model.forward = lambda *_, seen=seen, **__: seen
+        bench.paired(
+            f"{name}, behind the tower", theirs, lambda embeds=embeds: ours(embeds), same, dtype=dtype
+        )
+        peer.vision_model.forward = tower
 
 
 ROWS = {"stage1": stage1, "stage2": stage2, "caption2": caption}

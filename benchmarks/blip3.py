@@ -1,11 +1,12 @@
 """BLIP-3 beside transformers' LLaVA of the same sizes, on random weights.
 
-    python benchmarks/blip3.py [--only train words tiles chat] [--runs 5] [--quick] [--clock cpu]
+    python benchmarks/blip3.py [--only train words anyres tiles chat] [--runs 5] [--quick] [--clock cpu]
 
 train    one training step, tower frozen, language model trained whole; chats of 40 to 59 words about one picture
 words    30 greedy words about each of 4 pictures
+anyres   64 greedy words about one picture of 5 tiles, against transformers' LLaVA-NeXT
 tiles    the tower and the resampler on all tiles of some pictures at once, against one tile at a time
-chat     the second answer of a chat, going on from what is cached, against reading the whole chat again
+chat     the second answer of a chat, its first word and 64, going on from the cache, against reading all of it again
 
 Tower, language model and texts are equal on both sides; what lies between is not, and is the nature of the two: LLaVA
 projects each of the tower's N tokens, ours resamples them to K. So there are two lines: with K = N the language models
@@ -178,11 +179,65 @@ def words_one(dtype: torch.dtype, latents: int | None, bench: Bench, rows: int =
             min_new_tokens=new, eos_token_id=2, pad_token_id=2,
         )[:, ids.shape[1] :]  # fmt: skip
 
-    def as_many(theirs: Tensor, ours: Tensor) -> bool:
-        return theirs.shape == ours.shape
-
     name = f"{new} words, batch {rows}, {str(dtype)[6:]}, K = {latents or 'N'}"
     bench.paired(name, their_words, our_words, as_many, dtype=dtype)
+
+
+def their_anyres(quick: bool) -> Any:
+    """transformers' LLaVA-NeXT; pictures of up to twice its tower's side are cut into 2 × 2 tiles."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    plain, side = their_model(quick).config, sizes(quick)[0].image_size
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**plain.vision_config.to_dict()), vision_feature_layer=-1,
+        text_config=LlamaConfig(**plain.text_config.to_dict()), image_token_index=plain.image_token_index,
+        image_grid_pinpoints=[[2 * side, 2 * side]], tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlavaNextForConditionalGeneration(config)
+
+
+def anyres(bench: Bench, new: int = 64) -> None:
+    """One picture of 5 tiles and 40 words. There all tokens of all tiles are read, here 64 of each."""
+    torch.manual_seed(0)
+    new = 5 if bench.quick else new
+    ours, theirs = our_model(USUAL, bench.quick, sampling="anyres"), their_anyres(bench.quick)
+    check_sizes(ours, theirs)
+    vision = ours.config.vision
+    side, across = vision.image_size, 2 * vision.image_size // vision.patch_size
+    pixels, question = torch.randn(5, 3, side, side), torch.randint(10, 400, (1, 40))
+    grids, size = torch.tensor([[2, 2, 2 * side, 2 * side]]), torch.tensor([[2 * side, 2 * side]])
+    own = torch.full((1, ours.config.vision_length(2, 2)), ours.image_token_id)
+    count = tower_tokens(vision) + across * (
+        across + 1
+    )  # LLaVA-NeXT ends every row of the picture with a token
+    other = torch.full((1, count), theirs.config.image_token_index)
+    settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
+    for dtype in bench.precisions:
+        ours.eval().requires_grad_(False).to(dtype)
+        theirs.eval().requires_grad_(False).to(dtype)
+
+        @torch.inference_mode()
+        def our_words(dtype: torch.dtype = dtype) -> Tensor:
+            runs = ours.vision_runs(ours.encode_image(pixels.to(dtype)), grids)
+            ids = torch.cat([own, question], dim=1)
+            return ours.generate(ours.embed(ids, runs), torch.ones_like(ids), settings).sequences
+
+        @torch.inference_mode()
+        def their_words(dtype: torch.dtype = dtype) -> Tensor:
+            ids = torch.cat([other, question], dim=1)
+            return theirs.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels[None].to(dtype),
+                image_sizes=size, do_sample=False, max_new_tokens=new, min_new_tokens=new, eos_token_id=2,
+                pad_token_id=2,
+            )[:, ids.shape[1] :]  # fmt: skip
+
+        name = f"{new} words about a picture of 5 tiles, {str(dtype)[6:]}, against LLaVA-NeXT"
+        bench.paired(name, their_words, our_words, as_many, dtype=dtype)
+
+
+def as_many(theirs: Tensor, ours: Tensor) -> bool:
+    """As many words: models that differ between tower and language model say different ones."""
+    return theirs.shape == ours.shape
 
 
 def tiles(bench: Bench) -> None:
@@ -210,9 +265,16 @@ def tiles(bench: Bench) -> None:
     bench.paired(f"{count} tiles of 4 pictures at once", one_by_one, at_once, alike, dtype=torch.float32)
 
 
-def chat(bench: Bench, new: int = 20) -> None:
-    """One picture of 5 tiles, 40 words, an answer, 20 words more."""
+def chat(bench: Bench) -> None:
+    """The second answer's first word, and all of it."""
+    for new in (1, 5 if bench.quick else 64):
+        chat_one(bench, new)
+
+
+def chat_one(bench: Bench, new: int) -> None:
+    """One picture of 5 tiles, 40 words, an answer of 20, 20 words more, and an answer of `new` words."""
     torch.manual_seed(0)
+    answered = 5 if bench.quick else 20
     model = our_model(USUAL, bench.quick, sampling="anyres").eval().requires_grad_(False)
     vision = model.config.vision
     pixels = torch.randn(5, 3, vision.image_size, vision.image_size)
@@ -220,9 +282,9 @@ def chat(bench: Bench, new: int = 20) -> None:
     image = torch.full((1, model.config.vision_length(2, 2)), model.image_token_id)
     first = torch.cat([image, torch.randint(10, 400, (1, 40))], dim=1)
     more = torch.randint(10, 400, (1, 20))
-    settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
 
-    def answer(decoding: Any) -> Tensor:
+    def answer(decoding: Any, new: int = new) -> Tensor:
+        settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
         return torch.stack([*model.stream(decoding, settings)], dim=1)
 
     def read(ids: Tensor) -> Any:
@@ -231,8 +293,8 @@ def chat(bench: Bench, new: int = 20) -> None:
 
     with torch.inference_mode():
         begun = read(first)
-        said = answer(begun)
-        kept = first.shape[1] + new - 1  # the last word was written, and not read
+        said = answer(begun, answered)
+        kept = first.shape[1] + answered - 1  # the last word was written, and not read
         then = model.embed(torch.cat([said[:, -1:], more], dim=1), [])
 
     @torch.inference_mode()
@@ -244,10 +306,11 @@ def chat(bench: Bench, new: int = 20) -> None:
     def again() -> Tensor:
         return answer(read(torch.cat([first, said, more], dim=1)))
 
-    bench.paired("second answer of a chat, from the cache", again, going_on, same_ids, dtype=torch.float32)
+    name = f"second answer of a chat, {new} {'word' if new == 1 else 'words'}, from the cache"
+    bench.paired(name, again, going_on, same_ids, dtype=torch.float32)
 
 
-ROWS = {"train": train, "words": words, "tiles": tiles, "chat": chat}
+ROWS = {"train": train, "words": words, "anyres": anyres, "tiles": tiles, "chat": chat}
 
 if __name__ == "__main__":
     main(__doc__, ROWS)

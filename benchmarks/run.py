@@ -11,10 +11,11 @@ import attention
 import blip
 import blip2
 import blip3
+import capfilt
 import start
 from paired import main
 
-ROWS = {**start.ROWS, **blip.ROWS, **blip2.ROWS, **blip3.ROWS, **attention.ROWS}
+ROWS = {**start.ROWS, **blip.ROWS, **blip2.ROWS, **blip3.ROWS, **capfilt.ROWS, **attention.ROWS}
 
 if __name__ == "__main__":
     main(__doc__, ROWS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -43,7 +44,7 @@ def test_work_and_memory_are_counted(paired):
     assert held is None or 200_000 < held < 400_000, "kB, of 256 MB"
 
 
-@pytest.mark.parametrize("name", ["caption", "rerank", "pretrain", "stage1"])
+@pytest.mark.parametrize("name", ["caption", "rerank", "pretrain", "stage1", "capfilt"])
 def test_a_benchmark_runs_and_compares(paired, name, capsys):
     bench = paired.Bench(runs=1, quick=True)
     importlib.import_module("run").ROWS[name](bench)
@@ -52,6 +53,16 @@ def test_a_benchmark_runs_and_compares(paired, name, capsys):
 
 
 def test_every_benchmark_is_in_the_table_once(paired):
-    modules = [importlib.import_module(name) for name in ("attention", "blip", "blip2", "blip3", "start")]
+    modules = [
+        importlib.import_module(name) for name in ("attention", "blip", "blip2", "blip3", "capfilt", "start")
+    ]
     names = [name for module in modules for name in module.ROWS]
     assert sorted(names) == sorted(importlib.import_module("run").ROWS)
+
+
+def test_growth_is_drawn(paired, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--quick", "--out", str(tmp_path / "growth.png")])
+    importlib.import_module("growth").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0].split()[-1] == "1.00", "ours at the first point is the measure"
+    assert Image.open(tmp_path / "growth.png").width > 1000
