@@ -117,8 +117,12 @@ class Blip2Llm(nn.Module):
         return self.blip2.vision
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute activations of tower and Q-Former in the backward pass."""
+        """Recompute activations of tower, Q-Former and language model, which the soft prompt is trained through.
+
+        Raises ConfigError: a language model whose layers cannot be run a second time.
+        """
         self.blip2.set_grad_checkpointing(enabled)
+        self.lm.set_grad_checkpointing(enabled)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S] -> image_embeds [B, N, De], or a video's [B, T, N, De]; see `Blip2`."""

@@ -200,6 +200,22 @@ def test_candidates_of_their_own_for_each_image():
         torch.testing.assert_close(ours[one], alone, rtol=0, atol=1e-9)
 
 
+def test_gradient_checkpointing_changes_nothing_and_runs_the_language_model_again():
+    model, (pixels, ids) = tiny().train(), batch(2)
+    runs, found = [], []
+    layer = model.lm.model.base_model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        torch.manual_seed(0)  # of the dropout
+        soft = model.soft_prompt(model.encode_image(pixels))
+        model.labelled_logits(soft, ids, torch.ones_like(ids), ids)[0].square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert found[0].abs().max() > 0 and len(runs) == 3, "once, then once more in the backward pass"
+
+
 def test_queries_may_have_projections_of_their_own():
     plain = tiny()
     model = Blip2Llm(replace(plain.config, query_projections=True), plain.lm).double().eval()
