@@ -22,6 +22,7 @@ from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from openblip.models.generation import GenerationConfig
 from openblip.models.lm import LmConfig
+from openblip.models.packed import pack_
 from openblip.models.qformer import QFormerConfig
 from openblip.models.vit import VisionConfig
 from openblip.recipes.blip2 import blip2_stage1_small
@@ -141,6 +142,7 @@ def caption(bench: Bench, rows: int = 4, tokens: int = 20) -> None:
     vision, qformer = small_parts(bench) if bench.quick else (VIT_L, QFormerConfig())
     stage1 = Blip2Config(vision, replace(qformer, text=False), encoder=False, decoder=False)
     model = Blip2Llm(Blip2LlmConfig(LmConfig(lm), stage1)).eval().requires_grad_(False)
+    pack_(model)  # as `openblip.load` does
     with tempfile.TemporaryDirectory() as folder:
         save_for_transformers(model, folder)
         peer = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)

@@ -24,6 +24,7 @@ from openblip.models.blip3 import ADDED_TOKENS, Blip3, Blip3Config
 from openblip.models.clip import clip_vision
 from openblip.models.generation import GenerationConfig
 from openblip.models.lm import LmConfig
+from openblip.models.packed import pack_
 from openblip.models.resampler import ResamplerConfig
 from openblip.models.vit import VisionConfig
 from openblip.train.tasks_blip3 import Blip3Task, Blip3TaskConfig
@@ -157,7 +158,7 @@ def words(bench: Bench) -> None:
 def words_one(dtype: torch.dtype, latents: int | None, bench: Bench, rows: int = 4, new: int = 30) -> None:
     """The same, in one precision and for one K."""
     ours, own, theirs, other = sides(latents, rows, bench.quick, words=10)
-    ours.eval().requires_grad_(False).to(dtype)
+    pack_(ours.eval().requires_grad_(False).to(dtype))
     theirs.eval().requires_grad_(False).to(dtype)
     pixels = own["pixel_values"].to(dtype)
     settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
@@ -213,7 +214,7 @@ def anyres(bench: Bench, new: int = 64) -> None:
     other = torch.full((1, count), theirs.config.image_token_index)
     settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
     for dtype in bench.precisions:
-        ours.eval().requires_grad_(False).to(dtype)
+        pack_(ours.eval().requires_grad_(False).to(dtype))
         theirs.eval().requires_grad_(False).to(dtype)
 
         @torch.inference_mode()
@@ -244,6 +245,7 @@ def tiles(bench: Bench) -> None:
     """Two pictures of 5 tiles and two of 4."""
     torch.manual_seed(0)
     model = our_model(USUAL, bench.quick, sampling="anyres").eval().requires_grad_(False)
+    pack_(model)
     grids = torch.tensor([[2, 2, 448, 448], [3, 1, 900, 300], [2, 2, 500, 480], [1, 3, 200, 600]])
     count = int((1 + grids[:, 0] * grids[:, 1]).sum())
     side = model.config.vision.image_size
@@ -276,6 +278,7 @@ def chat_one(bench: Bench, new: int) -> None:
     torch.manual_seed(0)
     answered = 5 if bench.quick else 20
     model = our_model(USUAL, bench.quick, sampling="anyres").eval().requires_grad_(False)
+    pack_(model)
     vision = model.config.vision
     pixels = torch.randn(5, 3, vision.image_size, vision.image_size)
     grids = torch.tensor([[2, 2, 448, 448]])

@@ -9,6 +9,7 @@ turn.
 """
 
 import argparse
+import copy
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from blip import models, pixels_of, texts, written
 from lavis import rerank_as_released
 from paired import Bench, Call
+
+from openblip.models.packed import pack_
 
 Sides = Callable[[int], tuple[Call, Call]]  # a point on the x axis -> (theirs, ours)
 DEFAULTS = {"images": 4, "pixels": 224, "beams": 3, "tokens": 10}
@@ -44,7 +47,8 @@ def candidates(dtype: torch.dtype, quick: bool) -> Sides:
     """ITM of one image and so many texts."""
 
     def sides(value: int) -> tuple[Call, Call]:
-        ours = models("BlipForImageTextRetrieval", quick, 224)[1].to(dtype)
+        plain = models("BlipForImageTextRetrieval", quick, 224)[1].to(dtype)
+        ours = pack_(copy.deepcopy(plain))  # as `openblip.load` does; the released code packs nothing
         side = pixels_of(224, quick)
         with torch.inference_mode():
             embeds = ours.encode_image(torch.randn(1, 3, side, side, dtype=dtype))
@@ -52,7 +56,7 @@ def candidates(dtype: torch.dtype, quick: bool) -> Sides:
 
         @torch.inference_mode()
         def released() -> Any:
-            return rerank_as_released(ours, embeds, ids, mask)
+            return rerank_as_released(plain, embeds, ids, mask)
 
         @torch.inference_mode()
         def own() -> Any:

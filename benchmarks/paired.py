@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import resource
 import statistics
 import time
@@ -132,10 +133,17 @@ class Bench:
 
 def matrix_products(call: Call) -> int:
     """How many floating-point operations a call spends on matrix products and convolutions."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _packed_product}
+    )
     with sdpa_kernel(SDPBackend.MATH), counter:  # the fused kernel would not be counted
         call()
     return counter.get_total_flops()
+
+
+def _packed_product(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Operations of a layer of `models.packed`, from the shapes of its input and its weight."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def peak(call: Call) -> tuple[Any, int | None]:

@@ -25,6 +25,7 @@ from openblip.models.blip_vqa import BlipVqa
 from openblip.models.clip import Clip
 from openblip.models.generation import GenerationConfig, stream
 from openblip.models.localize import localize, merge_word_pieces
+from openblip.models.packed import pack_
 from openblip.models.vit import ImageTower
 
 MAX_CAPTION_TOKENS = 35  # the released code's limit when matching and embedding
@@ -73,7 +74,7 @@ class Pipeline:
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is for language models; this model takes {' or '.join(DTYPES)}")
-        self.model = pretrained.model.eval().requires_grad_(False).to(device)
+        self.model = pack_(pretrained.model.eval().requires_grad_(False).to(device))
         _cast_(self.model, DTYPES[dtype])
         reads = self.model.config.text is not None
         if pretrained.transform is None or (pretrained.tokenizer is None and reads):

@@ -21,7 +21,7 @@ REGISTRY_NAMES = {"PIL": "pillow", "lance": "pylance", "resvg_py": "resvg-py"}
 
 BRICKS = (
     "models.layers models.memory models.vit models.text models.tower models.qformer models.tiling models.resampler "
-    "models.temporal models.adapters models.decoding models.lm models.generation"
+    "models.temporal models.packed models.adapters models.decoding models.lm models.generation"
 )
 PLUMBING = "train.config train.optim train.checkpoint train.distributed train.shard train.rng train.log train.signals"
 OPEN = "config data models convert hub"

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openblip.models.packed import PackedLinear
+
 _FEW_ROWS = 32  # above, the kernel for 8-bit weights is slower than to widen them and multiply
 
 
@@ -39,9 +41,11 @@ class Int8Linear(nn.Module):
 
 
 def to_int8_(model: nn.Module, keep: tuple[nn.Module | None, ...] = ()) -> nn.Module:
-    """Replace every nn.Linear below `model`, in place, but those of `keep`. Returns the model."""
+    """Replace every linear layer below `model`, in place, but those of `keep`. Returns the model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and not any(child is kept for kept in keep):
+            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, PackedLinear):
+                continue
+            if not any(child is kept for kept in keep):
                 setattr(parent, name, Int8Linear(child))
     return model

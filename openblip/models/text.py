@@ -317,11 +317,12 @@ class LanguageModelHead(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.packed: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear  # or `packed.Packed`
         self.apply(init_weights)
 
     def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
         """states [..., D], word_embeddings [V, D] -> logits [..., V]."""
-        return F.linear(self.norm(self.act(self.dense(states))), word_embeddings, self.bias)
+        return self.packed(self.norm(self.act(self.dense(states))), word_embeddings, self.bias)
 
 
 def swap_first_token(input_ids: Tensor, token_id: int) -> Tensor:
