@@ -16,14 +16,20 @@ openblip train blip2_stage1_small --data "$data" --split train --features "$out/
 openblip eval retrieval --data "$data" --split val --model "$out/stage1/model" --k 16 --dtype bf16 \
   --out "$out/stage1/retrieval.json"
 
-# 2. Stage 2: it learns to tell a language model what it read. What the language model says without it is the floor.
+# 2. Retrieval: it learns to match every pair of a batch, and then to rank what ITC finds.
+openblip train blip2_retrieval_small --data "$data" --split train --features "$out/features" --out "$out/retrieval" \
+  --init "$out/stage1/model"
+openblip eval retrieval --data "$data" --split val --model "$out/retrieval/model" --k 16 --dtype bf16 \
+  --out "$out/retrieval/retrieval.json"
+
+# 3. Stage 2: it learns to tell a language model what it read. What the language model says without it is the floor.
 openblip train blip2_stage2_small --data "$data" --split train --features "$out/features" --out "$out/stage2" \
   --init "$out/stage1/model"
 openblip eval caption --data "$data" --split val --model "$out/stage2/model" --num-beams 5 --dtype bf16 \
   --out "$out/stage2/caption.json"
 python runs/blind.py "$data" "$out/stage2/model" --split val
 
-# 3. What stage 1 is worth to stage 2 (the paper's figure 5), and ITG to stage 1 (its table 6), in shorter runs.
+# 4. What stage 1 is worth to stage 2 (the paper's figure 5), and ITG to stage 1 (its table 6), in shorter runs.
 openblip train blip2_stage2_short --data "$data" --split train --features "$out/features" --out "$out/short" \
   --init "$out/stage1/model"
 openblip eval caption --data "$data" --split val --model "$out/short/model" --num-beams 5 --dtype bf16 \
@@ -39,11 +45,11 @@ openblip train blip2_stage1_short_without_itg --data "$data" --split train --fea
 openblip eval retrieval --data "$data" --split val --model "$out/no_itg/model" --k 16 --dtype bf16 \
   --out "$out/no_itg/retrieval.json"
 
-# 4. BLIP's own captioner, on the same photographs.
+# 5. BLIP's own captioner, on the same photographs.
 openblip train small_pretrain --data "$data" --split train --out "$out/blip" --steps 350
 openblip train small_caption --data "$data" --split train --out "$out/blip_caption" --init "$out/blip/model" --steps 120
 openblip eval caption --data "$data" --split val --model "$out/blip_caption/model" \
   --out "$out/blip_caption/caption.json"
 
-# 5. Use it.
-openblip search "a dog running through water" --data "$data" --model "$out/stage1/model"
+# 6. Use it.
+openblip search "a dog running through water" --data "$data" --model "$out/retrieval/model"

@@ -24,16 +24,24 @@ class Packed:
     """
 
     def __init__(self) -> None:
-        self._of: tuple[int, int, torch.dtype] | None = None  # the weight that `_blocks` was made of
         self._blocks: Tensor | None = None
+        self._of: Tensor | None = (
+            None  # the weight they were made of; held, so that its place is not another's
+        )
+        self._version = 0  # counts how often that was changed in place
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I], weight [O, I], bias [O] -> [..., O]."""
         if not _is_served(x, weight, bias):
             return F.linear(x, weight, bias)
-        of = weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype
-        if of != self._of:
-            self._blocks, self._of = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS), of
+        version, of = 0 if weight.is_inference() else weight._version, self._of
+        if of is None or (of.data_ptr(), of.dtype, self._version) != (
+            weight.data_ptr(),
+            weight.dtype,
+            version,
+        ):
+            self._of, self._version = weight.detach(), version
+            self._blocks = torch.ops.mkldnn._reorder_linear_weight(self._of, _ROWS)
         return torch.ops.mkldnn._linear_pointwise(x, self._blocks, bias, "none", [], "")
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

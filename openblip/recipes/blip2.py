@@ -81,7 +81,7 @@ def blip2_stage1_small() -> Recipe:
 def blip2_retrieval_small() -> Recipe:
     """Retrieval fine-tuning of a small stage 1 (BLIP-2 §4.4): ITM sees every pair of a batch, not a quarter of them."""
     recipe = blip2_stage1_small()
-    train = replace(recipe.train, max_steps=450, lr=6e-4, warmup_steps=30)
+    train = replace(recipe.train, max_steps=400, lr=6e-4, warmup_steps=30)
     task = replace(recipe.blip2_task, match_pairs=None)
     return replace(recipe, train=train, blip2_task=task, calibrate=0, vision_init=None, text_init=None)
 
@@ -89,7 +89,7 @@ def blip2_retrieval_small() -> Recipe:
 def blip2_stage2_small() -> Recipe:
     """BLIP-2 stage 2 for two CPU cores: the queries learn to tell SmolLM2-135M, which stays as it is."""
     recipe = blip2_stage1_small()
-    train = replace(recipe.train, max_steps=700, batch_size=16, lr=8e-4, warmup_steps=30)
+    train = replace(recipe.train, max_steps=600, batch_size=16, lr=8e-4, warmup_steps=30)
     task = Blip2LlmTaskConfig(keep_tokens=0.5, text_lr_scale=0.3)
     # <|im_start|>: what every text began with that SmolLM2 was taught to answer.
     language = Language(first_token_id=1, query_projections=True)

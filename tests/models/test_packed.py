@@ -56,6 +56,11 @@ def test_a_changed_weight_is_packed_anew():
     assert layer(x).abs().max() == 0
     layer.to(torch.bfloat16)
     assert layer(x.bfloat16()).dtype is torch.bfloat16
+    for _ in range(20):  # where the old weight was, a new one may come to lie
+        layer.weight = None
+        layer.weight = nn.Parameter(torch.randn(33, 20), requires_grad=False)
+        layer.bias = nn.Parameter(torch.randn(33), requires_grad=False)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     with torch.inference_mode():  # whose tensors count no changes
         made = pack_(nn.Linear(20, 33))
         torch.testing.assert_close(made(x), F.linear(x, made.weight, made.bias))
