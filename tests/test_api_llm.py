@@ -399,7 +399,8 @@ def test_search_and_capfilt_take_it(models, rows):
     model = models["llama"]
     found = scan(model, Rows(rows), TEXTS[0], top=3, rerank=3)
     looked = model.match([row.image for row in rows], TEXTS[0])
-    scores = torch.logit(torch.from_numpy(looked.probability), eps=1e-6).numpy() + looked.cosine
+    scores = torch.logit(torch.from_numpy(looked.probability), eps=1e-6).numpy()
+    scores += looked.cosine / model.matcher.temperature.item()
     assert [int(one["id"]) for one in found] == np.argsort(-scores, kind="stable").tolist()
     assert all(one["score"] >= other["score"] for one, other in pairwise(found))
     job = CapFilt(model, model)

@@ -32,8 +32,8 @@ def find(
 ) -> list[dict[str, Any]]:
     """The `top` pictures of an index for a query, best first.
 
-    The `rerank` first by cosine are opened again where they came from and come first, by the ITM head's log odds +
-    cosine; of one that is gone, its thumbnail is judged. The others follow by cosine, which is their score; so do
+    The `rerank` first by cosine are opened again where they came from and come first, by ITM and ITC, see
+    `reranked`; of one that is gone, its thumbnail is judged. The others follow by cosine, which is their score; so do
     all for a picture as query, and with CLIP, which has no such head.
 
     Args:
@@ -102,15 +102,17 @@ def embed_query(pipeline: Pipeline, query: Query) -> np.ndarray:
 def reranked(
     pipeline: Pipeline, text: str, cosine: np.ndarray, chosen: Sequence[int], images: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(order, scores) of B pictures with `cosine` [B]: the `chosen` first, by ITM log odds + cosine, then the others.
+    """(order, scores) of B pictures with `cosine` [B]: the `chosen` first, by ITM and ITC, then the others.
 
-    images: of the chosen, in their order, anything `open_image` takes; each is encoded and projected once. The others
-    keep their order, and their cosine as score.
+    By ITM and ITC: log odds + cosine / temperature, see `eval.benchmarks.retrieval`. images: of the chosen, in their
+    order, anything `open_image` takes; each is encoded and projected once. The others keep their order, and their
+    cosine as score.
     """
     scores, head = cosine.copy(), np.asarray(chosen, np.int64)
     if len(head):
         found = pipeline.match(images, text)
-        scores[head] = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy() + found.cosine
+        odds = torch.logit(torch.from_numpy(found.probability), eps=1e-6).numpy()
+        scores[head] = odds + found.cosine / float(pipeline.matcher.temperature)
     others = np.setdiff1d(np.arange(len(cosine)), head)
     return np.concatenate([head[np.argsort(-scores[head], kind="stable")], others]), scores
 

@@ -25,7 +25,7 @@ def scan(
 ) -> list[dict[str, Any]]:
     """The `top` pictures for a text, or for a picture, best first: {"id", "where", "row", "score", "cosine"}.
 
-    The `rerank` best by cosine are scored by the ITM head's log odds + cosine and come first (BLIP §5.1); the
+    The `rerank` best by cosine are scored by ITM and ITC, see `find.reranked`, and come first (BLIP §5.1); the
     others follow in the order of their cosine, which is their score, as for all pictures with CLIP, which has no
     such head, and when the query is a picture. "row" is the number of the row in the source. Pictures that cannot be
     opened are recorded in `bad`. `report` is called with (rows done, rows in all).

@@ -44,11 +44,11 @@ def test_the_itm_head_changes_the_order_of_the_head_alone(pipeline, source):
     assert {hit["id"] for hit in found[:4]} == {hit["id"] for hit in plain[:4]}
     assert found[4:] == plain[4:]
     images = {row.id: row.image for row in source}
-    judged = {}
+    judged, temperature = {}, pipeline.model.temperature.item()
     for hit in plain[:4]:
         match = pipeline.match(images[hit["id"]], QUERY)
         p = float(match.probability[0])
-        judged[hit["id"]] = np.log(p / (1 - p)) + float(match.cosine[0])
+        judged[hit["id"]] = np.log(p / (1 - p)) + float(match.cosine[0]) / temperature
     assert [hit["id"] for hit in found[:4]] == sorted(judged, key=judged.get, reverse=True)
     assert [hit["score"] for hit in found[:4]] == pytest.approx(
         sorted(judged.values(), reverse=True), abs=1e-4
