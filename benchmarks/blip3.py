@@ -208,9 +208,7 @@ def anyres(bench: Bench, new: int = 64) -> None:
     pixels, question = torch.randn(5, 3, side, side), torch.randint(10, 400, (1, 40))
     grids, size = torch.tensor([[2, 2, 2 * side, 2 * side]]), torch.tensor([[2 * side, 2 * side]])
     own = torch.full((1, ours.config.vision_length(2, 2)), ours.image_token_id)
-    count = tower_tokens(vision) + across * (
-        across + 1
-    )  # LLaVA-NeXT ends every row of the picture with a token
+    count = tower_tokens(vision) + across * (across + 1)  # there every row of a picture ends with a token
     other = torch.full((1, count), theirs.config.image_token_index)
     settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
     for dtype in bench.precisions:

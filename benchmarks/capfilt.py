@@ -41,9 +41,8 @@ def capfilt(bench: Bench) -> None:
     judge, our_judge = models("BlipForImageTextRetrieval", bench.quick)
     side, tokenizer = pixels_of(384, bench.quick), bert_uncased()
     jpegs = photographs(bench.batch(8), bench.quick, 1600, 1200)
-    rows = [
-        Row(str(number), [data], [text]) for number, (data, text) in enumerate(zip(jpegs, WEB, strict=False))
-    ]
+    web = WEB[: len(jpegs)]
+    rows = [Row(str(i), [data], [text]) for i, (data, text) in enumerate(zip(jpegs, web, strict=True))]
     processor = BlipImageProcessorPil(size={"height": side, "width": side})
     settings = nucleus()
     steps: dict[str, Any] = {
@@ -70,7 +69,7 @@ def capfilt(bench: Bench) -> None:
             written = writer.generate(pixels(jpegs), prompt, **steps)
             captions = [tokenizer.decode(ids) for ids in written[:, 1:].tolist()]
             twice = [data for data in jpegs for _ in range(2)]
-            texts = [clean_caption(text) for pair in zip(WEB, captions, strict=False) for text in pair]
+            texts = [clean_caption(text) for pair in zip(web, captions, strict=True) for text in pair]
             encoded = tokenizer(texts)
             ids = encoded["input_ids"].clone()
             ids[:, 0] = ENC

@@ -12,10 +12,19 @@ import blip
 import blip2
 import blip3
 import capfilt
+import packed
 import start
 from paired import main
 
-ROWS = {**start.ROWS, **blip.ROWS, **blip2.ROWS, **blip3.ROWS, **capfilt.ROWS, **attention.ROWS}
+ROWS = {
+    **start.ROWS,
+    **blip.ROWS,
+    **blip2.ROWS,
+    **blip3.ROWS,
+    **capfilt.ROWS,
+    **packed.ROWS,
+    **attention.ROWS,
+}
 
 if __name__ == "__main__":
     main(__doc__, ROWS)

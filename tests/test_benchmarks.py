@@ -44,7 +44,7 @@ def test_work_and_memory_are_counted(paired):
     assert held is None or 200_000 < held < 400_000, "kB, of 256 MB"
 
 
-@pytest.mark.parametrize("name", ["caption", "rerank", "pretrain", "stage1", "capfilt"])
+@pytest.mark.parametrize("name", ["caption", "rerank", "pretrain", "stage1", "capfilt", "packed"])
 def test_a_benchmark_runs_and_compares(paired, name, capsys):
     bench = paired.Bench(runs=1, quick=True)
     importlib.import_module("run").ROWS[name](bench)
@@ -54,7 +54,8 @@ def test_a_benchmark_runs_and_compares(paired, name, capsys):
 
 def test_every_benchmark_is_in_the_table_once(paired):
     modules = [
-        importlib.import_module(name) for name in ("attention", "blip", "blip2", "blip3", "capfilt", "start")
+        importlib.import_module(name)
+        for name in ("attention", "blip", "blip2", "blip3", "capfilt", "packed", "start")
     ]
     names = [name for module in modules for name in module.ROWS]
     assert sorted(names) == sorted(importlib.import_module("run").ROWS)

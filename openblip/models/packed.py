@@ -24,25 +24,19 @@ class Packed:
     """
 
     def __init__(self) -> None:
-        self._blocks: Tensor | None = None
-        self._of: Tensor | None = (
-            None  # the weight they were made of; held, so that its place is not another's
-        )
-        self._version = 0  # counts how often that was changed in place
+        # The weight (held, so that its place in memory is not another's), how often it had been changed, its blocks: in
+        # one tuple, since several threads may ask at once.
+        self._made: tuple[Tensor, int, Tensor] | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I], weight [O, I], bias [O] -> [..., O]."""
         if not _is_served(x, weight, bias):
             return F.linear(x, weight, bias)
-        version, of = 0 if weight.is_inference() else weight._version, self._of
-        if of is None or (of.data_ptr(), of.dtype, self._version) != (
-            weight.data_ptr(),
-            weight.dtype,
-            version,
-        ):
-            self._of, self._version = weight.detach(), version
-            self._blocks = torch.ops.mkldnn._reorder_linear_weight(self._of, _ROWS)
-        return torch.ops.mkldnn._linear_pointwise(x, self._blocks, bias, "none", [], "")
+        made, version = self._made, 0 if weight.is_inference() else weight._version
+        if made is None or (*_place(made[0]), made[1]) != (*_place(weight), version):
+            plain = weight.detach()
+            made = self._made = plain, version, torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
+        return torch.ops.mkldnn._linear_pointwise(x, made[2], bias, "none", [], "")
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Packed, ()
@@ -85,6 +79,10 @@ def _is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not any(
         one is not None and one.requires_grad for one in (x, weight, bias)
     )
+
+
+def _place(weight: Tensor) -> tuple[int, torch.dtype]:
+    return weight.data_ptr(), weight.dtype
 
 
 def _has_bfloat16() -> bool:

@@ -121,8 +121,10 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
             frozen.pop("blip2.qformer.word", None)
     dtype: LmDtype = "bfloat16" if recipe.train.precision == "bf16" else "float32"
     lm = load_lm(language.source, dtype, lora=language.lora, changes=language.changes)
-    told = language.first_token_id, language.query_projections
-    model = Blip2Llm(Blip2LlmConfig(lm.config, blip2.config, reads_text, *told), lm)
+    config = Blip2LlmConfig(
+        lm.config, blip2.config, reads_text, language.first_token_id, language.query_projections
+    )
+    model = Blip2Llm(config, lm)
     model.blip2 = blip2
     family = lm.config.family or lm.config.config["model_type"]
     words = LmTokenizer.load(lm_folder(language.source), family, encoder_decoder=lm.is_encoder_decoder)

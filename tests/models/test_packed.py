@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def test_packed_layers_give_what_plain_ones_give(dtype, off, bias, calls):
 def test_a_changed_weight_is_packed_anew():
     layer, x = pack_(nn.Linear(20, 33)).requires_grad_(False), torch.randn(4, 20)
     before = layer(x)
-    blocks = layer.packed._blocks
-    assert layer(x).equal(before) and layer.packed._blocks is blocks, "packed once"
+    made = layer.packed._made
+    assert layer(x).equal(before) and layer.packed._made is made, "packed once"
     layer.weight.mul_(2)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     layer.load_state_dict({"weight": torch.ones(33, 20), "bias": torch.zeros(33)})
@@ -81,11 +82,19 @@ def test_what_has_a_gradient_goes_the_usual_way(calls):
     assert len(calls) == 4
 
 
+def test_threads_may_ask_at_once():
+    for _ in range(5):
+        layer, x = pack_(nn.Linear(2048, 2048)).requires_grad_(False), torch.randn(4, 2048)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(layer, [x] * 8))
+        assert all(one.equal(found[0]) for one in found)
+
+
 def test_copies_pack_for_themselves():
     layer, x = pack_(nn.Linear(20, 33)).requires_grad_(False), torch.randn(4, 20)
     wanted = layer(x)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.packed is not layer.packed and other.packed._blocks is None
+        assert other.packed is not layer.packed and other.packed._made is None
         assert other(x).equal(wanted)
     assert layer.state_dict().keys() == {"weight", "bias"}
 
