@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from blip import ENC, models, named, photographs, pixels_of, tolerance
+from blip import ENC, models, named, photographs, pixels_of
 from paired import Bench, main
 from PIL import Image
 from torch import Tensor
@@ -34,7 +34,7 @@ WEB = (
 
 
 def capfilt(bench: Bench) -> None:
-    """P(match) of the web texts is compared; what is written is drawn, and differs."""
+    """The log odds of the web texts are compared; what is written is drawn, and differs."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     writer, our_writer = models("BlipForConditionalGeneration", bench.quick)
@@ -74,18 +74,16 @@ def capfilt(bench: Bench) -> None:
             ids = encoded["input_ids"].clone()
             ids[:, 0] = ENC
             logits = judge(ids, pixels(twice), attention_mask=encoded["attention_mask"]).itm_score
-            return logits.float().softmax(dim=1)[::2, 1]
+            return logits.float().diff(dim=1)[::2, 0]
 
         def ours(work: CapFilt = work) -> Tensor:
             images = [open_image(data, draft_size=work.draft_size) for data in jpegs]
             scored = work(rows, work.embed(rows, images))
-            return torch.tensor([text.itm for text in scored if text.kind == "web"])
+            return torch.tensor([text.itm for text in scored if text.kind == "web"]).logit()
 
-        def alike(theirs: Tensor, ours: Tensor, dtype: torch.dtype = dtype) -> bool:
+        def alike(theirs: Tensor, ours: Tensor) -> bool:
             """The JPEGs are decoded at another scale."""
-            return theirs.shape == ours.shape and bool(
-                (theirs - ours).abs().max() < max(0.05, tolerance(dtype))
-            )
+            return theirs.shape == ours.shape and bool((theirs - ours).abs().max() < 0.1)
 
         name = f"CapFilt of {len(jpegs)} images at {side} px, {named(dtype)}"
         bench.paired(name, theirs, ours, alike, dtype=dtype)

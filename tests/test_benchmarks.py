@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from openblip.models.packed import pack_
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -36,6 +38,8 @@ def test_work_and_memory_are_counted(paired):
     x = torch.randn(8, 16)
     with torch.no_grad():
         assert paired.matrix_products(lambda: x @ x.T) == 2 * 8 * 16 * 8
+        packed = pack_(torch.nn.Linear(16, 5).requires_grad_(False))
+        assert paired.matrix_products(lambda: packed(x)) == 2 * 8 * 16 * 5, "packed ones too"
         q = torch.randn(1, 2, 40, 16)
         fused = torch.nn.functional.scaled_dot_product_attention
         assert paired.matrix_products(lambda: fused(q, q, q)) == 2 * 2 * (2 * 40 * 16 * 40), "fused ones too"
