@@ -82,12 +82,13 @@ class Pictures:
     """Rows with their pictures: what the datasets share.
 
     Pictures are opened and put through `transform`, or never opened when `features` has what a frozen encoder
-    made of them.
+    made of them. `views`: features of other views of the same pictures; each visit draws one, or `features`.
     """
 
     rows: Rows = field(repr=False)
     transform: ImageTransform | TrainTransform | None = None
     features: Features | None = field(default=None, kw_only=True)
+    views: Sequence[Features] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.transform is None) == (self.features is None):
@@ -99,7 +100,9 @@ class Pictures:
     def picture(self, row: Row, rng: np.random.Generator, number: int = 0) -> Sample:
         """{"pixel_values": [3, S, S]} or {"image_embeds": [N, D]}."""
         if self.features is not None:
-            return {"image_embeds": self.features.lookup(picture_key(row, number))}
+            drawn = int(rng.integers(len(self.views) + 1)) if self.views else 0
+            seen = self.views[drawn - 1] if drawn else self.features
+            return {"image_embeds": seen.lookup(picture_key(row, number))}
         assert self.transform is not None
         return {"pixel_values": open_picture(row, self.transform, rng, number)}
 

@@ -32,7 +32,7 @@ from openblip.data.collate_chat import TileEmbeds, open_tiles
 from openblip.data.loader import prefetch
 from openblip.data.rows import BadRow, BadRows
 from openblip.data.tiles import Tiles, TileTransform
-from openblip.data.transforms import ImageTransform
+from openblip.data.transforms import ImageTransform, TrainTransform
 
 Precision = Literal["bfloat16", "float16", "float32"]
 _NO_GRID = (0, 0, 0, 0)
@@ -158,9 +158,10 @@ def build_features(
     folder: str | Path,
     fingerprint: dict[str, Any],
     rows: Rows,
-    transform: ImageTransform | TileTransform,
+    transform: ImageTransform | TrainTransform | TileTransform,
     encode: Callable[[Tensor], Tensor],
     *,
+    seed: int = 0,
     batch_size: int = 32,
     dtype: Precision = "bfloat16",
     workers: int = 0,
@@ -177,6 +178,7 @@ def build_features(
             layer taken, the transform and its grids, the source.
         encode: pixel_values [B, 3, S, S] -> image_embeds [B, N, D], N and D always the same. Called without
             gradients.
+        seed: of a transform that draws; what it draws for a picture depends on the picture's number besides.
         batch_size: of `encode`; of tiles, too, as many as so many pictures have are made at a time. Interrupted and
             continued with the same one gives the same bits.
         dtype: of the file; bfloat16 keeps three digits.
@@ -198,7 +200,8 @@ def build_features(
         index, side = places[keys[number]]
         if isinstance(transform, TileTransform):
             return open_tiles(rows[index], side, transform)
-        return Tiles(open_picture(rows[index], transform, number=side)[None], _NO_GRID)
+        draws = np.random.default_rng((seed, number))
+        return Tiles(open_picture(rows[index], transform, draws, side)[None], _NO_GRID)
 
     def encode_all(tiles: list[Tiles]) -> Tensor:
         pixels = torch.cat([one.pixel_values for one in tiles])

@@ -29,11 +29,20 @@ _GEOMETRY = {
 
 @dataclass
 class Augment:
-    """Training transform: share of the area a random crop keeps, flips, RandomAugment."""
+    """Training transform: share of the area a random crop keeps, flips, RandomAugment.
+
+    views: so many of each picture are made once, and each step draws one of these or the whole picture, which lets a
+        frozen vision tower's features be cached; 0: a new one at each step. Raises ConfigError below 0.
+    """
 
     crop: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     randaugment: bool = True
+    views: int = 0
+
+    def __post_init__(self) -> None:
+        if self.views < 0:
+            raise ConfigError(f"augment.views is 0 or more, got {self.views}")
 
 
 @dataclass
@@ -65,7 +74,7 @@ class Recipe:
     init: a model folder or hub name whose weights it begins with. vision_init, text_init: an image tower and a BERT
         that a fresh model begins with: a folder, file or hub name, or a registry package, see `train.initialise`.
     tokenizer: a folder with tokenizer files, for a CLIP that begins with nothing.
-    augment: None: the deterministic transform, which lets a frozen vision tower's features be cached.
+    augment: None: the deterministic transform, which lets a frozen vision tower's features be cached, see `Augment`.
     keep_features: they are, on disk beside the run, where nothing else is said: worth it if pictures are met again.
     calibrate: how many rows a fresh model's frozen tower and ITC heads are fitted to before the first step
         (see `train.start`); 0: not at all, as in the papers, whose towers are trained.

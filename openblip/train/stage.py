@@ -78,7 +78,7 @@ def run_stage(
 
     features: what the frozen vision tower makes of the pictures, or a folder to keep it in, which stages on the same
         pictures can share; `run_dir`/features if none is given, the recipe keeps features, the tower is frozen, and
-        nothing is augmented.
+        nothing is augmented anew at each step. Views that the recipe augments with have folders of their own in it.
     evaluate: see `loop.fit`. info: for the model card. report: called with (pictures done, pictures in all) while the
         tower looks at them.
 
@@ -101,14 +101,17 @@ def run_stage(
         told = "\n".join(map(str, made.reports))
         (run_dir / "begins_with.txt").write_text(f"{told}\n", encoding="utf-8")
     listed = run_dir / "bad_rows.jsonl"
-    is_fixed = getattr(made.model.config, "freeze_vision", False) and recipe.augment is None
+    augment = recipe.augment
+    number_of_views = 0 if augment is None else augment.views
+    is_augmented = augment is not None and not number_of_views
+    is_fixed = getattr(made.model.config, "freeze_vision", False) and not is_augmented
     if isinstance(made.model, Blip3):  # of videos there are too many frames, and noise is put on pixels
         noise = recipe.stage == "blip3_dpo" and recipe.dpo_task.noise_step is not None
         is_fixed = is_fixed and made.model.temporal is None and not noise
     if features is not None and not is_fixed:
         raise UserError(
-            "features: only a frozen tower, shown pictures without augmentation or noise and no videos, always makes "
-            "the same"
+            "features: only a frozen tower, shown pictures without noise or new augmentation at each step, and no "
+            "videos, always makes the same"
         )
     if is_fixed and not isinstance(features, FeatureCache) and (recipe.keep_features or features is not None):
         folder = run_dir / "features" if features is None else Path(features)
@@ -116,8 +119,23 @@ def run_stage(
             made, rows, folder, workers=recipe.workers, bad=BadRows(listed), report=report
         )
     assert features is None or isinstance(features, FeatureCache)
+    views: list[FeatureCache] = []
+    if number_of_views:
+        if features is None or isinstance(made.model, Blip3):
+            raise UserError(
+                "augment.views: are views whose features are kept: of a frozen tower and whole pictures, with "
+                "keep_features or a folder for features; elsewhere it is 0"
+            )
+        transform = _augmented(recipe, made.transform)
+        views = [
+            cache_features(
+                made, rows, features.folder / f"view{number}", transform=transform, seed=number,
+                workers=recipe.workers, report=report,
+            )
+            for number in range(1, number_of_views + 1)
+        ]  # fmt: skip
     bad = BadRows(listed)
-    loader = _loader(recipe, made, rows, features, bad)
+    loader = _loader(recipe, made, rows, features, views, bad)
     ramp = round(recipe.ramp_epochs * loader.steps_per_epoch / recipe.train.accumulate)
     task = task_of(recipe, made, ramp).to(device)
     result = fit(task, loader, recipe.train, run_dir, evaluate=evaluate, run_config=recipe)
@@ -185,12 +203,15 @@ def cache_features(
     rows: Rows,
     folder: str | Path,
     *,
+    transform: TrainTransform | None = None,
+    seed: int = 0,
     workers: int = 2,
     bad: BadRows | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> FeatureCache:
     """What the vision tower makes of every picture of `rows`, under the deterministic transform, in bfloat16; of a
-    BLIP-3's every tile."""
+    BLIP-3's every tile. transform, seed: one random view of each picture instead.
+    """
     vision = made.model.vision.eval()
     device = next(vision.parameters()).device
 
@@ -202,19 +223,28 @@ def cache_features(
     for name, value in sorted(vision.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    transform: ImageTransform | TileTransform = made.transform
-    fingerprint: dict[str, Any] = {"vision": digest.hexdigest(), "transform": to_dict(transform)}
+    chosen: ImageTransform | TrainTransform | TileTransform = (
+        made.transform if transform is None else transform
+    )
+    fingerprint: dict[str, Any] = {"vision": digest.hexdigest(), "transform": to_dict(chosen)}
     fingerprint["precision"] = "bf16"
-    if isinstance(made.model, Blip3):
-        transform = TileTransform(made.transform, made.model.config.used_grids)
-        fingerprint["grids"] = transform.grids
+    if transform is not None:
+        fingerprint["seed"] = seed
+    elif isinstance(made.model, Blip3):
+        chosen = TileTransform(made.transform, made.model.config.used_grids)
+        fingerprint["grids"] = chosen.grids
     return build_features(
-        folder, fingerprint, rows, transform, encode, workers=workers, bad=bad, report=report
+        folder, fingerprint, rows, chosen, encode, seed=seed, workers=workers, bad=bad, report=report
     )
 
 
 def _loader(
-    recipe: Recipe, made: Ingredients, rows: Rows, features: FeatureCache | None, bad: BadRows
+    recipe: Recipe,
+    made: Ingredients,
+    rows: Rows,
+    features: FeatureCache | None,
+    views: list[FeatureCache],
+    bad: BadRows,
 ) -> Loader:
     """Dataset, collator and order of a stage."""
     if isinstance(made.model, Blip3):
@@ -228,15 +258,17 @@ def _loader(
     dataset: PairDataset | VqaDataset | NlvrDataset | InstructDataset | Mixture
     if recipe.stage == "vqa":
         weight = recipe.single_answer_weight
-        dataset = VqaDataset(rows, transform, features=features, single_answer_weight=weight)
+        dataset = VqaDataset(rows, transform, features=features, views=views, single_answer_weight=weight)
     elif recipe.stage == "nlvr":
-        dataset = NlvrDataset(rows, transform, features=features)
+        dataset = NlvrDataset(rows, transform, features=features, views=views)
     elif recipe.stage == "instruct":
         if isinstance(rows, MixedRows) and not rows.is_counted:  # by √size (InstructBLIP §2.4)
             parts = rows.parts().items()
-            dataset = Mixture({name: InstructDataset(of, transform, features=features) for name, of in parts})
+            dataset = Mixture(
+                {name: InstructDataset(of, transform, features=features, views=views) for name, of in parts}
+            )
         else:
-            dataset = InstructDataset(rows, transform, features=features)
+            dataset = InstructDataset(rows, transform, features=features, views=views)
     else:
         # CLIP's captions and a language model's keep their capitals and their punctuation.
         clean = str if recipe.stage in ("clip", "blip2_stage2") else clean_caption
@@ -249,7 +281,7 @@ def _loader(
                 "with a decoder-only language model; elsewhere it is 1"
             )
         kind = PrefixDataset if words is not None and words.encoder_decoder else PairDataset
-        dataset = kind(rows, transform, features=features, clean=clean, several=recipe.captions)
+        dataset = kind(rows, transform, features=features, views=views, clean=clean, several=recipe.captions)
     tokenizer, length = made.tokenizer, recipe.max_length
     match recipe.stage:
         case "caption":

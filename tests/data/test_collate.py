@@ -125,6 +125,22 @@ def test_features_take_the_place_of_pictures(tokenizer):
         PairDataset([row])
 
 
+def test_each_visit_draws_the_picture_or_one_of_its_views():
+    class View(FakeFeatures):
+        def __init__(self, mark):
+            self.mark = mark
+
+        def lookup(self, key):
+            return torch.full((3, 2), self.mark)
+
+    data = PairDataset([pair(1, "a dog")], features=View(0.0), views=[View(1.0), View(2.0)])
+    draws = rng()
+    seen = [data.get(0, draws)["image_embeds"][0, 0].item() for _ in range(300)]
+    assert all(70 < seen.count(mark) < 130 for mark in (0.0, 1.0, 2.0))
+    again = rng()
+    assert seen == [data.get(0, again)["image_embeds"][0, 0].item() for _ in range(300)]
+
+
 def test_labels_of_the_captioner_leave_out_prompt_and_padding(tokenizer):
     data = PairDataset([pair(1, "a dog"), pair(2, "two very small cats")], TRANSFORM)
     batch = CaptionCollator(tokenizer)([data.get(0, rng()), data.get(1, rng())])

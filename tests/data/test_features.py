@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from openblip.data.features import FeatureCache, build_features
 from openblip.data.loader import Loader
 from openblip.data.rows import BadRow, BadRows, Row
 from openblip.data.text import bert_uncased
-from openblip.data.transforms import ImageTransform
+from openblip.data.transforms import ImageTransform, TrainTransform
 
 TRANSFORM = ImageTransform(8)
 MADE_BY = {"encoder": "abc", "transform": to_dict(TRANSFORM), "layer": 9}
@@ -62,6 +63,24 @@ def expected(number: int) -> torch.Tensor:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_view_is_drawn_by_the_seed_and_the_number_of_the_picture(tmp_path):
+    draws = TrainTransform(8, (0.3, 0.9), randaugment=False)
+    assert TRANSFORM.image_size == draws.image_size
+
+    def view(name: str, seed: int, rows=ROWS, **options) -> torch.Tensor:
+        cache = build_features(tmp_path / name, MADE_BY, rows, draws, Encoder(), seed=seed, **options)
+        return torch.stack([cache.get(number) for number in range(len(rows))])
+
+    one = view("one", 1)
+    assert torch.equal(one, view("alike", 1, batch_size=3, workers=2)), "neither batches nor threads matter"
+    assert not torch.equal(one, view("other", 2))
+    twice = [ROWS[0], replace(ROWS[0], id="the same picture again")]
+    assert not torch.equal(*view("twice", 1, twice)), "each picture draws for itself"
+    with pytest.raises(KeyboardInterrupt):
+        build_features(tmp_path / "stopped", MADE_BY, ROWS, draws, Encoder(limit=6), seed=1, batch_size=3)
+    assert torch.equal(one, view("stopped", 1, batch_size=3)), "what was interrupted goes on alike"
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import openblip
-from openblip.config import UserError
+from openblip.config import ConfigError, UserError
 from openblip.convert.weights import LoadReport
 from openblip.data.collate import PairCollator, PairDataset
 from openblip.data.loader import Loader
@@ -271,6 +271,30 @@ def test_cached_features_train_as_pictures_do(data, tmp_path):
     fit(task, loader, chosen.train, tmp_path / "pictures")
     for cached, opened in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "pictures"), strict=True):
         assert cached["losses"] == pytest.approx(opened["losses"], rel=0.02)
+
+
+def test_views_of_a_picture_are_kept_and_drawn_from(data, tmp_path):
+    rows = data["pretrain"]
+    chosen = recipe(frozen=True, calibrate=6, augment=Augment((0.3, 0.6), randaugment=False, views=2))
+    done = run_stage(chosen, rows, tmp_path / "run", features=tmp_path / "features")
+    files = {name: tmp_path / "features" / name / "features.bin" for name in (".", "view1", "view2")}
+    kept = {name: file.read_bytes() for name, file in files.items()}
+    assert len(set(kept.values())) == 3 and len({len(value) for value in kept.values()}) == 1
+    for file in files.values():
+        assert (file.parent / "features.json").exists()
+    again = run_stage(chosen, rows, tmp_path / "again", features=tmp_path / "features")
+    assert_equal(weights(done.folder), weights(again.folder))
+    assert {name: file.read_bytes() for name, file in files.items()} == kept, "nothing was made twice"
+    plain = run_stage(replace(chosen, augment=None), rows, tmp_path / "plain", features=tmp_path / "features")
+    different = [metrics(run.parent) for run in (done.folder, plain.folder)]
+    assert different[0] != different[1], "training sees them"
+    wider = replace(chosen, augment=Augment((0.2, 0.6), randaugment=False, views=2))
+    with pytest.raises(UserError, match=r"view1: holds features made otherwise: transform.scale"):
+        run_stage(wider, rows, tmp_path / "wider", features=tmp_path / "features")
+    with pytest.raises(UserError, match=r"augment.views: .* elsewhere it is 0"):
+        run_stage(replace(chosen, keep_features=False), rows, tmp_path / "unkept")
+    with pytest.raises(ConfigError, match="views is 0 or more"):
+        Augment(views=-1)
 
 
 def test_the_same_recipe_prepares_the_same_model_whatever_was_drawn_before(data):

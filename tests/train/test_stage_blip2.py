@@ -130,7 +130,7 @@ def test_stage2_stands_on_stage1_and_names_its_language_model(keeps, stage1, lan
 
 def test_stage2_learns_all_captions_of_a_picture_together(stage1, language, rows, tmp_path):
     chosen = replace(stage2(language, stage1), captions=3)
-    batch = next(_loader(chosen, prepare(chosen, rows), rows, None, BadRows()).batches())
+    batch = next(_loader(chosen, prepare(chosen, rows), rows, None, [], BadRows()).batches())
     size = chosen.train.batch_size
     assert len(batch["pixel_values"]) == size and len(batch["labels"]) == 3 * size
     assert run_stage(chosen, rows, tmp_path).fit.losses.keys() == {"lm"}
@@ -178,11 +178,11 @@ def test_instructions_from_rows_to_a_model(stage1, language, rows, tmp_path):
     assert found.model.config.qformer_text and found.model.blip2.qformer.config.text
     made, one = prepare(chosen, asked), asked[3]
     mixed = MixedRows([asked, [one, one]])
-    loader = _loader(chosen, made, mixed, None, BadRows())
+    loader = _loader(chosen, made, mixed, None, [], BadRows())
     assert loader.dataset.shares == pytest.approx({"0": 2 / 3, "1": 1 / 3}), "√8 to √2"
     drawn = [loader.dataset.get(0, np.random.default_rng(place)) for place in range(20)]
     assert {sample["id"] for sample in drawn if sample["dataset"] == "1"} == {f"1/{one.id}"}
-    counted = _loader(chosen, made, MixedRows([asked, [one]], [4, 2]), None, BadRows())
+    counted = _loader(chosen, made, MixedRows([asked, [one]], [4, 2]), None, [], BadRows())
     assert isinstance(counted.dataset, InstructDataset) and len(counted.dataset) == 6, (
         "as many as were asked for"
     )
