@@ -28,18 +28,18 @@ openblip eval vqa --data "$out/data/chats" --split test --model "$out/dpo/model"
 # 4. Does any resolution see more? Small shapes on long canvases, seen in three ways; and a resampler that knows the question.
 #    Those that cut alike share what the tower makes of the tiles.
 openblip train blip3_small_anyres --data "$out/data/canvas" --split train --features "$out/tiles" \
-  --out "$out/anyres"
+  --out "$out/anyres" --init "$out/sft/model"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/anyres/model" --num-beams 1 \
   --out "$out/anyres/vqa.json"
-openblip train blip3_small_fixed --data "$out/data/canvas" --split train --out "$out/fixed"
+openblip train blip3_small_fixed --data "$out/data/canvas" --split train --out "$out/fixed" --init "$out/sft/model"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/fixed/model" --num-beams 1 \
   --out "$out/fixed/vqa.json"
 openblip train blip3_small_fixed_sampling --data "$out/data/canvas" --split train --features "$out/tiles" \
-  --out "$out/fixed_sampling"
+  --out "$out/fixed_sampling" --init "$out/sft/model"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/fixed_sampling/model" --num-beams 1 \
   --out "$out/fixed_sampling/vqa.json"
 openblip train blip3_small_conditioned --data "$out/data/canvas" --split train --features "$out/tiles" \
-  --out "$out/conditioned"
+  --out "$out/conditioned" --init "$out/sft/model"
 openblip eval vqa --data "$out/data/canvas" --split test --model "$out/conditioned/model" --num-beams 1 \
   --out "$out/conditioned/vqa.json"
 

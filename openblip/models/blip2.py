@@ -37,14 +37,18 @@ from openblip.models.vit import VisionConfig, vit_large
 class Blip2Config:
     """A BLIP-2 of stage 1. `freeze_vision` keeps the tower in eval mode and out of the gradient.
 
+    image_dropout: share of the channels of a picture's tokens, the same in all of them, that training sees as 0.
     encoder, decoder: False leaves out what ITC and ITM, or ITG, need. Without both it is what stage 2 needs of it:
-        the tower and the Q-Former. Raises ConfigError: heads of text on a Q-Former without its text part.
+        the tower and the Q-Former.
+
+    Raises ConfigError: heads of text on a Q-Former without its text part; a share that is none.
     """
 
     vision: VisionConfig = field(default_factory=vit_large)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     projection_dim: int = 256
     ln_vision_eps: float = 1e-5
+    image_dropout: float = 0.0
     freeze_vision: bool = True
     encoder: bool = True
     decoder: bool = True
@@ -54,6 +58,8 @@ class Blip2Config:
             raise ConfigError(
                 "encoder and decoder need the Q-Former's text part: set qformer.text, or leave both out"
             )
+        if not 0 <= self.image_dropout < 1:
+            raise ConfigError(f"image_dropout is a share, 0 or more and below 1, got {self.image_dropout}")
 
     @property
     def text(self) -> QFormerConfig:
@@ -82,7 +88,11 @@ class Blip2(TowerModel):
 
     def memory(self, image_embeds: Tensor) -> Memory:
         """image_embeds [B, N, D] -> keys and values of every layer that looks at them, for every use."""
-        return self.qformer.memory(self.ln_vision(image_embeds))
+        tokens = self.ln_vision(image_embeds)
+        if self.training and self.config.image_dropout:
+            channels = tokens.new_ones(*tokens.shape[:-2], 1, tokens.shape[-1])
+            tokens = tokens * F.dropout(channels, self.config.image_dropout)
+        return self.qformer.memory(tokens)
 
     encoder_memory = decoder_memory = memory
 

@@ -8,7 +8,7 @@ from openblip.models.adapters import LoraSettings
 from openblip.models.blip import BlipConfig
 from openblip.models.blip import blip_base as base_model
 from openblip.models.blip2 import Blip2Config
-from openblip.models.blip3 import Blip3Config
+from openblip.models.blip3 import Blip3Config, Sampling
 from openblip.models.clip import ClipConfig
 from openblip.train.config import TrainConfig
 from openblip.train.tasks import BlipTaskConfig
@@ -86,6 +86,7 @@ class Recipe:
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
     count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
     single_answer_weight: of an answer, in VQA, where only one person was asked (BLIP's code: 0.2, for Visual Genome).
+    sampling: how a BLIP-3 that the stage begins with samples tiles from now on; None: as before.
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 
@@ -116,6 +117,7 @@ class Recipe:
     pack: bool = False
     count_end_of_chunk: bool = True
     single_answer_weight: float = 1.0
+    sampling: Sampling | None = None
     max_images: int = 4
     frames: int = 8
     workers: int = 2

@@ -34,7 +34,7 @@ def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmToken
         return model, words
     if not isinstance(init.model, Blip3) or init.lm_tokenizer is None:
         raise UserError(f"{recipe.stage}: begins with a BLIP-3, not with a {type(init.model).__name__}")
-    model = _with_temporal(_with_language(init.model, recipe.language), recipe)
+    model = _seeing(_with_temporal(_with_language(init.model, recipe.language), recipe), recipe)
     _halve_frozen_(model.lm, recipe)
     _freeze_(model, recipe.language)
     return model, init.lm_tokenizer
@@ -92,6 +92,21 @@ def _with_temporal(model: Blip3, recipe: Recipe) -> Blip3:
     temporal = replace(recipe.blip3.temporal, hidden_size=model.lm.hidden_size, frame_tokens=tokens)
     found = Blip3(replace(model.config, temporal=temporal), model.lm)
     found.vision, found.resampler = model.vision, model.resampler
+    return found
+
+
+def _seeing(model: Blip3, recipe: Recipe) -> Blip3:
+    """The model, sampling tiles as the recipe says, with a resampler that reads the question if the recipe's does."""
+    assert recipe.blip3 is not None
+    have = model.config
+    sampling, resampler = recipe.sampling or have.sampling, have.resampler
+    if recipe.blip3.resampler.condition_size is not None and resampler.condition_size is None:
+        resampler = replace(resampler, condition_size=model.lm.hidden_size)
+    if (sampling, resampler) == (have.sampling, have.resampler):
+        return model
+    found = Blip3(replace(have, sampling=sampling, resampler=resampler), model.lm)
+    found.vision, found.temporal = model.vision, model.temporal
+    found.resampler.load_state_dict({**found.resampler.state_dict(), **model.resampler.state_dict()})
     return found
 
 

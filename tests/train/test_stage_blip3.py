@@ -197,6 +197,33 @@ def test_a_model_of_pictures_gets_an_encoder_for_videos(base, data, language, tm
 
 
 @pytest.mark.parametrize("sampling", ["anyres", "fixed", "anyres_fixed_sampling"])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_stage_may_sample_otherwise_than_the_model_it_begins_with(
+    base, data, language, tmp_path, sampling, reads
+):
+    chosen = recipe("blip3_sft", language, init=str(base), sampling=sampling, max_length=128)
+    if reads:
+        resampler = replace(chosen.blip3.resampler, condition_size=32)
+        chosen = replace(chosen, blip3=replace(chosen.blip3, resampler=resampler))
+    first, model = load_pretrained(base).model, prepare(chosen, data["chats"]).model
+    assert model.config.sampling == sampling and (model.resampler.config.condition_size is not None) == reads
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+    fresh = weights.keys() - first.state_dict().keys()
+    assert {name.split(".")[1] for name in fresh} == (
+        {"condition_norm", "condition_projection"} if reads else set()
+    )
+    found = load_pretrained(run_stage(chosen, data["chats"], tmp_path).folder).model
+    assert found.config == model.config
+    moved = found.state_dict()["resampler.condition_projection.weight"] if reads else None
+    assert moved is None or not torch.equal(moved, weights["resampler.condition_projection.weight"])
+    assert (
+        prepare(replace(chosen, sampling=None, init=str(tmp_path / "model")), data["chats"]).model.config
+        == found.config
+    )
+
+
+@pytest.mark.parametrize("sampling", ["anyres", "fixed", "anyres_fixed_sampling"])
 def test_cached_tiles_train_as_pictures_do(base, data, language, tmp_path, sampling, monkeypatch):
     """bfloat16 keeps three digits of a feature; the losses must agree as far as that goes."""
     losses, seen, look = {}, [], VisionTransformer.forward

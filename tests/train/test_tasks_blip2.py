@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,25 @@ def test_training_on_some_tokens_and_judging_on_all(monkeypatch):
     for row in range(4):  # of its own tokens, no two the same
         found = (seen[0][row][:, None] == whole[row][None]).all(dim=2)
         assert (found.sum(dim=1) == 1).all() and found.any(dim=0).sum() == 2
+
+
+def test_training_sees_some_channels_of_a_picture_and_judging_all(monkeypatch):
+    task = stage1()
+    task.model.config.image_dropout = 0.5
+    seen = []
+    monkeypatch.setattr(task.model.qformer, "memory", seen.append)
+    embeds = torch.randn(64, 5, task.model.config.vision.hidden_size)
+    whole = task.eval().model.ln_vision(embeds)
+    task.model.memory(embeds)
+    task.train().model.memory(embeds)
+    assert torch.equal(seen[0], whole)
+    kept = seen[1] != 0
+    assert torch.equal(kept, kept[:, :1].expand_as(kept)), "the same channels of all tokens of a picture"
+    torch.testing.assert_close(seen[1][kept], 2 * whole[kept])
+    shares = kept[:, 0].float().mean(dim=1)
+    assert shares.mean() == pytest.approx(0.5, abs=0.05) and shares.std() > 0, "each picture's own"
+    with pytest.raises(ConfigError, match="image_dropout is a share"):
+        replace(task.model.config, image_dropout=1.0)
 
 
 def test_what_a_bert_gave_may_learn_slower():
