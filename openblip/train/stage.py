@@ -123,8 +123,8 @@ def run_stage(
     if number_of_views:
         if features is None or isinstance(made.model, Blip3):
             raise UserError(
-                "augment.views: are views whose features are kept: of a frozen tower and whole pictures, with "
-                "keep_features or a folder for features; elsewhere it is 0"
+                "augment.views: views are for features that are kept, of a frozen tower and whole pictures: set "
+                "keep_features or give a folder for features; elsewhere it is 0"
             )
         transform = _augmented(recipe, made.transform)
         views = [
