@@ -110,8 +110,8 @@ def run_stage(
         is_fixed = is_fixed and made.model.temporal is None and not noise
     if features is not None and not is_fixed:
         raise UserError(
-            "features: only a frozen tower, shown pictures without noise or new augmentation at each step, and no "
-            "videos, always makes the same"
+            "features: only a frozen tower, shown pictures without augmentation at each step or noise and no videos, "
+            "always makes the same"
         )
     if is_fixed and not isinstance(features, FeatureCache) and (recipe.keep_features or features is not None):
         folder = run_dir / "features" if features is None else Path(features)
