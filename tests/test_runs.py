@@ -2,11 +2,15 @@
 
 import functools
 import itertools
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from openblip import cli
 from openblip.recipes import RECIPES
@@ -60,3 +64,43 @@ def test_a_wrong_option_would_be_noticed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["search", "a dog", "--data", "x", "--model", "y", "--folder", "z"])
     assert end.value.code == 2
+
+
+def test_floors_of_questions_and_answers_by_kind(tmp_path):
+    def line(number: int, question: str, answer: str, split: str) -> str:
+        return json.dumps(
+            {"image": f"{number}.png", "question": question, "answers": [answer], "split": split}
+        )
+
+    for number in range(8):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    color, shape, there = "what color is it?", "what shape is it?", "is it red?"
+    train = [
+        (color, "red"),
+        (color, "red"),
+        (color, "blue"),
+        (shape, "circle"),
+        (there, "yes"),
+        (there, "yes"),
+        (there, "yes"),
+    ]
+    test = [(color, "red"), (color, "blue"), (shape, "circle"), (there, "no"), (there, "yes")]
+    lines = [line(n, *row, "train") for n, row in enumerate(train)] + [line(7, *row, "test") for row in test]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    said = tmp_path / "said.json"
+    said.write_text(json.dumps({"figures": {"answers": ["red", "red", "circle", "No", "no"]}}))
+    script = RUNS[0].parent / "vqa_floor.py"
+    call = [sys.executable, str(script), str(tmp_path), "--answers", str(said)]
+    found = json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+    assert found == {
+        "questions": 5,
+        "most_frequent": 0.2,
+        "most_frequent_of_question": 0.6,
+        "yes or no": {"questions": 2, "accuracy": 0.5},
+        "colour": {"questions": 2, "accuracy": 0.5},
+        "shape": {"questions": 1, "accuracy": 1.0},
+    }
+    call += ["--take", "3"]
+    assert (
+        "5 answers to 3 questions" in subprocess.run(call, check=False, capture_output=True, text=True).stderr
+    )

@@ -86,7 +86,7 @@ class Recipe:
     pack: several documents in a row of `max_length` tokens (BLIP-3's pre-training).
     count_end_of_chunk: <|endofchunk|> of a document is learnt, as BLIP-3 meant it; its released code masks it.
     single_answer_weight: of an answer, in VQA, where only one person was asked (BLIP's code: 0.2, for Visual Genome).
-    sampling: how a BLIP-3 that the stage begins with samples tiles from now on; None: as before.
+    sampling: how a BLIP-3 samples tiles from now on; None: as the model does that the stage begins with.
     max_images: conversations with more are left out, documents cut (BLIP-3). frames: of a video.
     """
 

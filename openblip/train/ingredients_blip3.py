@@ -30,6 +30,7 @@ def blip3_model(recipe: Recipe, init: Pretrained | None) -> tuple[Blip3, LmToken
                 f"{recipe.stage}: begins with a trained BLIP-3; set `init` (--init FOLDER, or a hub name)"
             )
         model, words = _joined(recipe, recipe.language)
+        model = _seeing(model, recipe)
         _freeze_(model, recipe.language)
         return model, words
     if not isinstance(init.model, Blip3) or init.lm_tokenizer is None:

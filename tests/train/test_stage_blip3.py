@@ -206,6 +206,10 @@ def test_a_stage_may_sample_otherwise_than_the_model_it_begins_with(
         resampler = replace(chosen.blip3.resampler, condition_size=32)
         chosen = replace(chosen, blip3=replace(chosen.blip3, resampler=resampler))
     first, model = load_pretrained(base).model, prepare(chosen, data["chats"]).model
+    alone = replace(chosen, stage="blip3_pretrain", init=None)
+    assert prepare(alone, data["documents"]).model.config.sampling == sampling, (
+        "with nothing to begin with, too"
+    )
     assert model.config.sampling == sampling and (model.resampler.config.condition_size is not None) == reads
     weights = model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
