@@ -60,7 +60,7 @@ class Localization:
 class Pipeline:
     """A model with its tokenizer and image transform, ready for use. Made by `api.load`."""
 
-    # How the papers decode, unless a caller says otherwise.
+    # Unless a caller says otherwise: the beams of BLIP's evaluation.
     caption_options: ClassVar[dict[str, Any]] = {"num_beams": 3, "max_new_tokens": 20}
     answer_options: ClassVar[dict[str, Any]] = {"num_beams": 3, "max_new_tokens": 9, "min_new_tokens": 1}
 
@@ -214,7 +214,7 @@ class Pipeline:
         single, images = listed(images)
         if not images:
             queries = [model.config.qformer.num_query_tokens] if isinstance(model, Blip2) else []
-            width = getattr(model.config, "projection_dim", None) or model.config.hidden_size
+            width = getattr(model.config, "projection_dim", None) or model.config.output_size
             return np.zeros((0, *queries, width), np.float32)
         with torch.inference_mode():
             parts = [model.image_features(embeds).float().cpu() for embeds, _ in self.encoded(images)]

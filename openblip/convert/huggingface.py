@@ -168,6 +168,11 @@ def to_huggingface(model: nn.Module, config: Any = None) -> tuple[dict[str, Any]
         )
     if layout is None:
         raise UserError(f"transformers has no class for a {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, VisionTransformer) and module.config.output_blocks is not None:
+            raise UserError(
+                f"{layout.name} of transformers reads one block of its image tower, not output_blocks"
+            )
     if isinstance(model, BlipVqa) and model.config.vision.hidden_size != model.config.text.hidden_size:
         raise UserError(f"{layout.name} of transformers needs images and texts of one width")
     if isinstance(model, Blip2Llm):

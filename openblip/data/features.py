@@ -37,6 +37,7 @@ from openblip.data.transforms import ImageTransform, TrainTransform
 Precision = Literal["bfloat16", "float16", "float32"]
 _NO_GRID = (0, 0, 0, 0)
 _GRID_BYTES = 4 * 8
+_SAME = 0.05  # encoded twice, in bfloat16 on other machines, embeds differ by a hundredth
 _ADVICE = "use another folder, or delete this one"
 _STORED: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
@@ -168,14 +169,14 @@ def build_features(
     bad: BadRows | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> FeatureCache:
-    """Encode every distinct picture of `rows`, or what is missing of them, and open the cache.
+    """Encode every distinct picture of `rows`, or what is missing of them, and open the cache (of tiles: `TileCache`).
 
-    A second process waits for the first and then finds the work done. What was cut into tiles is for `TileCache`.
+    A second process waits for the first and then finds the work done. Of what is there, three pictures are encoded
+    again and compared, since others may have the same names.
 
     Args:
         folder: of this cache alone.
-        fingerprint: all that the embeds depend on, as JSON values: the encoder (a hash of its weights), the
-            layer taken, the transform and its grids, the source.
+        fingerprint: all that a picture's embeds depend on, as JSON values: settings and weights, transform, grids.
         encode: pixel_values [B, 3, S, S] -> image_embeds [B, N, D], N and D always the same. Called without
             gradients.
         seed: of a transform that draws; what it draws for a picture depends on the picture's number besides.
@@ -183,7 +184,7 @@ def build_features(
             continued with the same one gives the same bits.
         dtype: of the file; bfloat16 keeps three digits.
         workers: threads that open pictures ahead.
-        bad: counts and lists pictures that cannot be read. Their places are marked; `get` knows them.
+        bad: counts and lists pictures that cannot be read, whose places are marked.
         report: called with (pictures done, pictures in all) after each batch.
 
     Raises:
@@ -229,10 +230,32 @@ def build_features(
             )
         if manifest.dtype != dtype:
             raise UserError(f"{folder}: holds features in {manifest.dtype}, wanted {dtype}; {_ADVICE}")
+        _require_same(folder, manifest, keys, load, encode_all)
         if not manifest.complete:
             _write_missing(folder, manifest, keys, load, encode_all, batch_size, workers, bad, report)
             save_json(replace(manifest, complete=True), folder / "features.json")
     return FeatureCache(folder, fingerprint)
+
+
+def _require_same(
+    folder: Path, manifest: Manifest, keys: list[str],
+    load: Callable[[int], Tiles], encode: Callable[[list[Tiles]], Tensor],
+) -> None:  # fmt: skip
+    """Encode again the first, the middle and the last that are done. Raises UserError: other embeds."""
+    done = min(_done(folder, manifest)[0], len(keys))
+    ends = np.cumsum(_tiles(_grids(folder))) if (folder / "grids.bin").exists() else np.arange(1, done + 1)
+    for number in sorted({0, done // 2, done - 1}) if done else ():
+        begin = int(ends[number - 1]) if number else 0
+        start, size = (manifest.embeds_bytes * count for count in (begin, int(ends[number]) - begin))
+        kept = torch.from_numpy(np.fromfile(folder / "features.bin", np.uint8, size, offset=start))
+        old = kept.view(getattr(torch, manifest.dtype)).float()
+        try:
+            new = encode([load(number)]).flatten().float()
+        except BadRow:  # as it was marked
+            new = torch.full_like(old, torch.nan)
+        gap = (new - old).norm() / old.norm() if new.shape == old.shape else torch.inf
+        if gap > _SAME or new.isnan().any() != old.isnan().any():
+            raise UserError(f"{folder}: holds features of another picture called {keys[number]!r}; {_ADVICE}")
 
 
 def _write_missing(

@@ -23,6 +23,7 @@ from openblip.data.text import clean_caption
 from openblip.eval.captions import caption_scores
 from openblip.eval.metrics import recall_at
 from openblip.eval.vqa import exact_match, vqa_accuracy
+from openblip.models.clip import Clip
 
 Task = Literal["retrieval", "caption", "vqa"]
 Embeds = Callable[[Sequence[Row]], Tensor]  # rows -> image_embeds [B, N, D]
@@ -114,7 +115,9 @@ def retrieval(
     for all its texts, and embeddings are kept for the second pass as far as `_KEPT` goes.
     """
     rows = by_picture(rows)
-    texts = [clean_caption(caption) for row in rows for caption in row.captions]
+    # CLIP learns captions as they are, with capitals and full stops.
+    clean = str if isinstance(pipeline.model, Clip) else clean_caption
+    texts = [clean(caption) for row in rows for caption in row.captions]
     owner = np.repeat(np.arange(len(rows)), [len(row.captions) for row in rows])
     if not texts or min(len(row.captions) for row in rows) == 0:
         raise UserError("retrieval: every row needs a caption")
@@ -186,7 +189,8 @@ def captioning(
 ) -> dict[str, Any]:
     """Captions against each row's own: BLEU-1…4, ROUGE-L, CIDEr-D, and the captions by row id.
 
-    prompt: as in `Pipeline.caption`. BLIP writes 3 tokens or more here (its released evaluation).
+    prompt: as in `Pipeline.caption`. BLIP writes 3 tokens or more here, unless `generation` says otherwise; in its
+        released evaluation it is 1 or more, and 16 at most.
     """
     if not pipeline.can_caption:
         raise UserError(f"captioning: this {type(pipeline.model).__name__} model has no part for it")
@@ -215,10 +219,21 @@ def vqa(
     report: Report | None = None,
     **generation: Any,
 ) -> dict[str, Any]:
-    """VQA accuracy of free answers, or, given `answers`, of the best-ranked one; and the answers, in row order."""
+    """VQA accuracy of free answers, or, given `answers`, of the best-ranked one; and the answers, in row order.
+
+    Where no question has 4 answers, accuracy is the share of `exact_match`. Raises UserError: no questions, or of both
+    kinds.
+    """
     asked = [row for row in rows if row.question is not None]
     if not asked:
         raise UserError("vqa: no row has a question")
+    enough = len(asked[0].answers) >= 4
+    for row in asked:
+        if (len(row.answers) >= 4) != enough:
+            raise UserError(
+                f"vqa: {asked[0].where} has {len(asked[0].answers)} answers and {row.where} {len(row.answers)}; "
+                "accuracy is counted otherwise from 4 answers on, so measure the two kinds apart"
+            )
     said: list[str] = []
     for part in _parts(asked, _AT_A_TIME):
         images, questions = [row.image for row in asked[part]], [str(row.question) for row in asked[part]]
@@ -227,7 +242,6 @@ def vqa(
         _tell(report, part.stop, len(asked))
     keys = [str(number) for number in range(len(asked))]
     truth = {key: row.answers for key, row in zip(keys, asked, strict=True)}
-    enough = min(len(answers) for answers in truth.values()) >= 4
     accuracy = (vqa_accuracy if enough else exact_match)(dict(zip(keys, said, strict=True)), truth)
     return {**accuracy, "answers": said}
 

@@ -80,7 +80,7 @@ class Blip(TowerModel):
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
-        width, hidden = config.vision.hidden_size, config.text.hidden_size
+        width, hidden = config.vision.output_size, config.text.hidden_size
         if config.encoder:
             self.text_encoder = TextTransformer(config.text, encoder_width=width)
             self.vision_proj = nn.Linear(width, config.projection_dim)

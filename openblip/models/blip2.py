@@ -72,7 +72,7 @@ class Blip2(TowerModel):
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__(config)
-        width, hidden = config.vision.hidden_size, config.qformer.hidden_size
+        width, hidden = config.vision.output_size, config.qformer.hidden_size
         # Belongs to the bridge: trained even when the tower is not.
         self.ln_vision = nn.LayerNorm(width, eps=config.ln_vision_eps)
         self.qformer = QFormer(config.qformer, encoder_width=width)

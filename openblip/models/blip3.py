@@ -63,7 +63,7 @@ class Blip3Config:
     freeze_vision: bool = True
 
     def __post_init__(self) -> None:
-        width = self.vision.hidden_size
+        width = self.vision.output_size
         if self.resampler.hidden_size != width:
             raise ConfigError(
                 f"resampler.hidden_size is {self.resampler.hidden_size}, the image tower's {width}"

@@ -60,7 +60,7 @@ class BlipNlvr(TowerModel):
 
     def __init__(self, config: BlipNlvrConfig) -> None:
         super().__init__(config)
-        text, width = config.text, config.vision.hidden_size
+        text, width = config.text, config.vision.output_size
 
         def twin(number: int) -> TwinCrossAttentionBlock:
             return TwinCrossAttentionBlock(text, width, merge=number >= text.num_hidden_layers // 2)

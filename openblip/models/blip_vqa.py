@@ -41,7 +41,7 @@ class BlipVqa(TowerModel):
 
     def __init__(self, config: BlipVqaConfig) -> None:
         super().__init__(config)
-        self.text_encoder = TextTransformer(config.text, encoder_width=config.vision.hidden_size)
+        self.text_encoder = TextTransformer(config.text, encoder_width=config.vision.output_size)
         self.text_decoder = TextTransformer(config.text, encoder_width=config.text.hidden_size)
         self.lm_head = LanguageModelHead(config.text)
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from openblip.models.layers import Attention, Mlp, init_weights
 from openblip.models.vit import VisionConfig, build_vision
 
+MAX_LOGIT_SCALE = math.log(100)
+
 
 @dataclass
 class ClipTextConfig:
@@ -95,7 +97,7 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.vision.hidden_size
+        width = config.vision.output_size
         self.vision = build_vision(config.vision)
         self.vision_norm = nn.LayerNorm(width, eps=config.vision.layer_norm_eps)  # on the class token only
         self.vision_proj = nn.Linear(width, config.projection_dim, bias=False)
@@ -130,4 +132,4 @@ class Clip(nn.Module):
 
     def clamped_scale(self) -> Tensor:
         """exp(logit_scale), at most 100: what cosines are multiplied by."""
-        return self.logit_scale.exp().clamp(max=100)
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()

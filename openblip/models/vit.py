@@ -29,7 +29,11 @@ class VisionConfig:
 
     class_token: SigLIP has none. Its place, token 0, which the projection heads read, is then taken by the mean of
         the others; and what an image has beyond whole patches is left out, as SigLIP leaves out 6 of 384 pixels.
+    output_blocks: numbers of the blocks, 1 the first, whose outputs are the tokens, each normalised, side by side by
+        channels, as DINOv2 is probed (Oquab et al. 2024, §7.1): what blocks know differs. None: the last block.
     backbone: any other Hugging Face vision model instead: its own config as a dict with `model_type`.
+
+    Raises ConfigError: sizes that do not fit each other; blocks that are not there, not the last, or a backbone's.
     """
 
     image_size: int = 224
@@ -46,7 +50,13 @@ class VisionConfig:
     final_norm: bool = True  # CLIP normalises the pooled token only, outside this module
     layer_scale: float | None = None  # DINOv2: initial gain of each branch
     class_token: bool = True
+    output_blocks: tuple[int, ...] | None = None
     backbone: dict[str, Any] | None = None
+
+    @property
+    def output_size(self) -> int:
+        """Channels of an image token."""
+        return self.hidden_size * len(self.output_blocks or (0,))
 
     @property
     def text(self) -> None:
@@ -62,6 +72,12 @@ class VisionConfig:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        if self.output_blocks is not None:
+            blocks, depth = list(self.output_blocks), self.num_hidden_layers
+            if self.backbone is not None:
+                raise ConfigError("output_blocks are of openblip's own transformer, not of a backbone")
+            if not blocks or blocks != sorted(set(blocks)) or blocks[0] < 1 or blocks[-1] != depth:
+                raise ConfigError(f"output_blocks are rising numbers from 1, the last {depth}, got {blocks}")
 
 
 def vit_base(image_size: int = 224, **changes: Any) -> VisionConfig:
@@ -174,6 +190,7 @@ class VisionTransformer(ImageTower):
         rates = [config.drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.earlier = (config.output_blocks or ())[:-1]  # blocks before the last whose outputs are wanted
         self.checkpointed = 0  # how many of the last blocks recompute their activations in the backward pass
         self.apply(init_weights)
         if config.class_token:
@@ -186,6 +203,8 @@ class VisionTransformer(ImageTower):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S'] -> image_embeds [B, 1 + S·S'/p², D], normalised if `final_norm`.
+
+        With `output_blocks`, D is `output_size`.
 
         Another size than the configured one resizes the position embeddings. Raises ValueError if a side is
         no multiple of the patch size, unless `class_token` says otherwise.
@@ -202,12 +221,16 @@ class VisionTransformer(ImageTower):
         )
         x = self.pre_norm(x)
         first_checkpointed = len(self.blocks) - self.checkpointed
+        earlier = []
         for index, block in enumerate(self.blocks):
             if self.training and index >= first_checkpointed:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
+            if index + 1 in self.earlier:
+                earlier.append(self.norm(x))
         x = self.norm(x)
+        x = torch.cat([*earlier, x], dim=-1) if earlier else x
         return x if has_class else torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
 
 

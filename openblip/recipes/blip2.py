@@ -51,30 +51,36 @@ def instructblip() -> Recipe:
 
 
 def blip2_stage1_small() -> Recipe:
-    """BLIP-2 stage 1 for two CPU cores: frozen DINOv2 ViT-S/14 at 224 px, Q-Former from MiniLM (6 x 384)."""
+    """BLIP-2 stage 1 for two CPU cores: frozen DINOv2 ViT-S/14 at 224 px, Q-Former from MiniLM (6 x 384).
+
+    Three blocks of the tower side by side tell more than any alone. Their features take 1.2 MB a photograph, 0.6 of it
+    for a second view.
+    """
     vision = VisionConfig(
-        image_size=224, patch_size=14, hidden_size=384, num_hidden_layers=9, num_attention_heads=6,
-        intermediate_size=1536, layer_scale=1.0,
+        image_size=224, patch_size=14, hidden_size=384, num_hidden_layers=12, num_attention_heads=6,
+        intermediate_size=1536, layer_scale=1.0, output_blocks=(8, 10, 12),
     )  # fmt: skip
     qformer = QFormerConfig(
         vocab_size=30524, hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_query_tokens=16,
         freeze_words=True, attention_dropout=0.0,
     )  # fmt: skip
     train = TrainConfig(
-        max_steps=1000, batch_size=128, lr=1e-3, min_lr=2e-5, warmup_steps=60, betas=(0.9, 0.98),
-        precision="bf16", log_every=10, save_every=100,
+        max_steps=1100, batch_size=128, lr=1e-3, min_lr=2e-5, warmup_steps=60, betas=(0.9, 0.98),
+        precision="bf16", ema_decay=0.99, log_every=10, save_every=100,
     )  # fmt: skip
     task = Blip2TaskConfig(
         match_ids=True,
         negative_floor=0.01,
-        match_pairs=32,
+        match_pairs=24,
         write_pairs=32,
-        keep_tokens=0.5,
+        keep_tokens=0.33,
         text_lr_scale=0.3,
     )
+    # Some thousand photographs are few: without these it soon knows them by heart.
+    augment = Augment(crop=(0.5, 1.0), randaugment=False, views=1)
     return Recipe(
-        "blip2_stage1", train, blip2=Blip2Config(vision, qformer), blip2_task=task, vision_init="dinov2_small",
-        text_init="minilm", augment=None, calibrate=256, bucket=True, max_length=30,
+        "blip2_stage1", train, blip2=Blip2Config(vision, qformer, image_dropout=0.3), blip2_task=task,
+        vision_init="dinov2_small", text_init="minilm", augment=augment, calibrate=256, bucket=True, max_length=30,
     )  # fmt: skip
 
 

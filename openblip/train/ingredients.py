@@ -24,8 +24,9 @@ from openblip.models.blip3 import Blip3Config
 from openblip.models.blip_nlvr import BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqaConfig
 from openblip.models.clip import Clip, ClipConfig
+from openblip.models.lm import LanguageModel
 from openblip.models.vit import VisionTransformer
-from openblip.recipes import Recipe
+from openblip.recipes import Language, Recipe
 from openblip.train.ingredients_blip3 import blip3_model
 from openblip.train.initialise import load_text_, load_tower_
 from openblip.train.start import calibrate_blip2_, calibrate_heads_, nlvr_from, standardise_tower_, vqa_from
@@ -92,7 +93,22 @@ def prepare(recipe: Recipe, rows: Rows, init: Pretrained | None = None) -> Ingre
         raise UserError(
             f"{recipe.stage}: begins with a pre-trained {wanted.__name__}, not with a {type(begun.model).__name__}"
         )
+    begun = replace(begun, frozen=_train_as_told_(begun.model, recipe, begun.frozen))
     return replace(begun, model=_for_stage(recipe, begun.model))
+
+
+def _train_as_told_(model: Any, recipe: Recipe, frozen: dict[str, str]) -> dict[str, str]:
+    """What of a geometry is of training, and so the recipe's: whether the tower is trained, and what is dropped.
+
+    Returns `frozen` without a tower that is trained from now on.
+    """
+    told: Any = recipe.system
+    changes: dict[str, Any] = {"freeze_vision": told.freeze_vision}
+    if isinstance(told, Blip2Config):
+        changes["image_dropout"] = told.image_dropout
+    model.config = replace(model.config, **changes)
+    model.vision.requires_grad_(not told.freeze_vision)
+    return frozen if told.freeze_vision else {name: of for name, of in frozen.items() if name != "vision"}
 
 
 def _untaught(recipe: Recipe, rows: Rows) -> Pretrained:
@@ -102,19 +118,24 @@ def _untaught(recipe: Recipe, rows: Rows) -> Pretrained:
 
 
 def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
-    """Stage 1 and a language model become stage 2; what is stage 2 already goes on as it is."""
+    """Stage 1 and a language model become stage 2; what is stage 2 already goes on, with the recipe's adapters."""
     language = recipe.language
     if language is None:
         raise UserError(f"{recipe.stage}: the recipe names no language model; set `language`")
     if init.tokenizer is None or init.transform is None:
         raise UserError(f"{recipe.stage}: begins with a model that has its tokenizer and its image transform")
     if isinstance(init.model, Blip2Llm):
-        again = init.model if recipe.stage == "blip2_stage2" else _instructed(init.model)
-        return Ingredients(again, init.tokenizer, init.transform, init.frozen, init.lm_tokenizer)
+        again = _adapted(init.model if recipe.stage == "blip2_stage2" else _instructed(init.model), language)
+        named = {name.removeprefix("blip2."): source for name, source in init.frozen.items()}
+        named = _train_as_told_(again.blip2, recipe, named)
+        again.config = replace(again.config, blip2=again.blip2.config)
+        frozen = {name: of for name, of in init.frozen.items() if name.removeprefix("blip2.") in named}
+        return Ingredients(again, init.tokenizer, init.transform, frozen, init.lm_tokenizer)
     if not isinstance(init.model, Blip2):
         raise UserError(f"{recipe.stage}: begins with a BLIP-2, not with a {type(init.model).__name__}")
-    reads_text = recipe.stage == "instruct"
-    blip2, frozen = init.model, {f"blip2.{module}": source for module, source in init.frozen.items()}
+    reads_text, blip2 = recipe.stage == "instruct", init.model
+    named = _train_as_told_(blip2, recipe, init.frozen)
+    frozen = {f"blip2.{module}": source for module, source in named.items()}
     if recipe.blip2_llm_task.stage1 is None:
         blip2 = without_heads(blip2, keep_text=reads_text)
         if not reads_text:
@@ -129,6 +150,16 @@ def _stage2(recipe: Recipe, init: Pretrained) -> Ingredients:
     family = lm.config.family or lm.config.config["model_type"]
     words = LmTokenizer.load(lm_folder(language.source), family, encoder_decoder=lm.is_encoder_decoder)
     return Ingredients(model, init.tokenizer, init.transform, frozen, words)
+
+
+def _adapted(model: Blip2Llm, language: Language) -> Blip2Llm:
+    """The model with adapters in its language model, if the recipe has some and the model has none."""
+    if language.lora is None or model.lm.config.lora is not None:
+        return model
+    lm = LanguageModel(replace(model.lm.config, lora=language.lora), model.lm.model)
+    adapted = Blip2Llm(replace(model.config, lm=lm.config), lm)
+    adapted.blip2, adapted.projection = model.blip2, model.projection
+    return adapted
 
 
 def _blip3(recipe: Recipe, init: Pretrained | None) -> Ingredients:

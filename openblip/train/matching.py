@@ -72,7 +72,7 @@ def matching_loss(
     if is_global:
         longest = int(distributed.all_gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
         ids, mask = (F.pad(x, (0, longest - x.shape[1])) for x in (ids, mask))  # pad id and mask are both 0
-        negative_memory = model.memory(distributed.all_gather(embeds)[image_of_text])
+        negative_memory = model.encoder_memory(distributed.all_gather(embeds)[image_of_text])
         negative_ids = distributed.all_gather(ids)[text_of_image]
         negative_mask = distributed.all_gather(mask)[text_of_image]
     else:

@@ -87,6 +87,7 @@ def run_stage(
             trained, pictures that are augmented, or videos.
     """
     run_dir = Path(run_dir)
+    _refuse_unread(recipe)
     device = distributed.init_from_env()
     begun = _begun(recipe, rows)
     _refuse_other_run(run_dir, begun)
@@ -179,6 +180,17 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def _refuse_unread(recipe: Recipe) -> None:
+    """Raises UserError: a setting that this stage would not read."""
+    is_blip3 = recipe.stage.startswith("blip3")
+    if recipe.train.batch_tokens is not None and not is_blip3:
+        raise UserError(
+            f"{recipe.stage}: train.batch_tokens is for BLIP-3; elsewhere batch_size says how many"
+        )
+    if recipe.augment is not None and is_blip3:
+        raise UserError(f"{recipe.stage}: BLIP-3 sees whole pictures, so `augment` is null")
+
+
 def _refuse_other_run(run_dir: Path, begun: dict[str, Any]) -> None:
     """Raise UserError if there is a checkpoint or a model in the folder, made of something else."""
     file = run_dir / "begun.json"
@@ -227,6 +239,7 @@ def cache_features(
         made.transform if transform is None else transform
     )
     fingerprint: dict[str, Any] = {"vision": digest.hexdigest(), "transform": to_dict(chosen)}
+    fingerprint["vision_config"] = to_dict(made.model.config.vision)
     fingerprint["precision"] = "bf16"
     if transform is not None:
         fingerprint["seed"] = seed

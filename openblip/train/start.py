@@ -28,11 +28,13 @@ def standardise_tower_(vision: VisionTransformer, pixel_values: Tensor) -> None:
 
     pixel_values [K, 3, S, S]: a sample of the data. Channels of a pretrained tower differ widely in mean and
     scale, and what is common to all images drowns what tells them apart; a tower that is not trained cannot
-    mend that by itself.
+    mend that by itself. Raises UserError: no final LayerNorm, or several `output_blocks`.
     """
     norm = vision.norm
     if not isinstance(norm, nn.LayerNorm):
         raise UserError("this vision tower has no final LayerNorm to set")
+    if vision.config.output_blocks is not None:
+        raise UserError("this vision tower gives several blocks, and one final LayerNorm cannot fit them all")
     norm.weight.fill_(1)
     norm.bias.zero_()
     tokens = vision(pixel_values).flatten(0, 1)  # [K·N, D]

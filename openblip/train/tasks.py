@@ -16,7 +16,7 @@ from openblip.config import ConfigError
 from openblip.models.blip import Blip
 from openblip.models.blip_nlvr import BlipNlvr
 from openblip.models.blip_vqa import BlipVqa
-from openblip.models.clip import Clip
+from openblip.models.clip import MAX_LOGIT_SCALE, Clip
 from openblip.train import distributed
 from openblip.train.matching import matching_loss
 from openblip.train.objectives import (
@@ -65,6 +65,11 @@ class ClipTask(Task):
     def __init__(self, model: Clip) -> None:
         super().__init__()
         self.model = model
+
+    def begin_step(self, step: int) -> None:
+        """Clamp the scale: beyond the cap it would have no gradient, and never come back."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     def forward(self, batch: Batch) -> Losses:
         """{"itc": loss}."""
@@ -210,7 +215,7 @@ class BlipTask(Task):
         images, texts = model.image_features(embeds), model.text_features(ids, mask)
         losses, sim_i2t, sim_t2i = self._itc({**batch, "image_embeds": embeds}, images, texts)
 
-        memory = model.memory(embeds)
+        memory = model.encoder_memory(embeds)
         losses["itm"] = matching_loss(
             model, memory, embeds, ids, mask, (sim_i2t, sim_t2i), batch["image_ids"],
             negatives=self.config.negatives, floor=self.config.negative_floor, generator=self.draws,
@@ -218,6 +223,8 @@ class BlipTask(Task):
         if model.config.decoder:
             labels = next_token_labels(ids, mask)
             wanted, labels = labelled_positions(labels)
+            if "cross_attention" not in model.config.share:
+                memory = model.decoder_memory(embeds)
             states = model.lm_states(memory, ids, mask)[:, :-1][wanted]
             total = lm_loss(model.lm_logits(states), labels, smoothing=self.config.label_smoothing)
             losses["lm"] = distributed.global_mean(*total)

@@ -126,9 +126,14 @@ class DpoTask(Task):
             seen = {**batch, "tile_embeds": self.model.encode_image(batch["pixel_values"])}
         gains = self._gains(seen)
         losses = {"dpo": dpo_loss(gains[:pairs], gains[pairs:], self.config.beta)}
-        if self.config.noise_step is not None:
-            misled = {**seen, **self._misled(batch)}
-            losses["dpo_noise"] = dpo_loss(gains[:pairs], self._gains(misled), self.config.beta)
+        if self.config.noise_step is not None:  # prompts without a picture have nothing to be misled by
+            shown = (batch["input_ids"][:pairs] == self.model.image_token_id).any(dim=1)
+            total = gains.sum() * 0
+            if shown.any():
+                misled = self._gains({**seen, **self._misled(batch)})
+                total = dpo_loss(gains[:pairs][shown], misled[shown], self.config.beta) * shown.sum()
+            count = shown.sum().to(gains.dtype).clamp(min=1e-6)  # none at all: a loss of 0
+            losses["dpo_noise"] = distributed.global_mean(total, count)
         losses["dpo"] = losses["dpo"] + _idle(self.model, batch)
         return losses
 

@@ -1,5 +1,6 @@
 """features.py: what is read back is what was encoded; interrupted, continued, shared, refused."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -110,7 +111,7 @@ def test_a_complete_cache_is_not_built_again(tmp_path):
     build(tmp_path)
     before, again = contents(tmp_path), Encoder()
     build(tmp_path, again)
-    assert again.batches == [] and contents(tmp_path) == before
+    assert again.batches == [1, 1, 1] and contents(tmp_path) == before  # three are looked at
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4, 7, 10])
@@ -125,7 +126,8 @@ def test_interrupted_and_continued_is_the_same(tmp_path, limit):
     build(tmp_path / "whole")
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     if limit:
-        assert sum(rest.batches) == 10 - (limit - 1) // 3 * 3  # nothing that was done is done again
+        done = (limit - 1) // 3 * 3  # and nothing of it is done again, but three are looked at
+        assert sum(rest.batches) == 10 - done + min(done, 3)
 
 
 def test_a_batch_cut_off_in_the_middle_is_made_again(tmp_path):
@@ -135,7 +137,14 @@ def test_a_batch_cut_off_in_the_middle_is_made_again(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])  # 6 pictures were there; now the sixth is half
     rest = Encoder()
     build(tmp_path / "broken", rest)
-    assert rest.batches == [3, 3, 1]  # the same batches as without an interruption, so the same bits
+    assert rest.batches == [
+        1,
+        1,
+        1,
+        3,
+        3,
+        1,
+    ]  # three that are looked at, then the same batches as without an interruption, so the same bits
     build(tmp_path / "whole")
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
@@ -206,6 +215,26 @@ def test_other_pictures_and_another_dtype_are_refused(tmp_path):
         build(tmp_path, rows=ROWS[:9])
     with pytest.raises(UserError, match="features in bfloat16, wanted float32"):
         build(tmp_path, dtype="float32")
+
+
+@pytest.mark.parametrize("stop", [10**9, 7])
+def test_other_pictures_of_the_same_names_are_refused(tmp_path, stop):
+    with contextlib.suppress(KeyboardInterrupt):
+        build(tmp_path, Encoder(stop))
+    others = [replace(row(number + 100), id=made.id) for number, made in enumerate(ROWS)]
+    with pytest.raises(
+        UserError, match=r"holds features of another picture called '0\.png'; use another folder"
+    ):
+        build(tmp_path, rows=others)
+    some = [*ROWS[:-1], others[-1]] if stop > 10 else [*ROWS[:5], others[5], *ROWS[6:]]
+    with pytest.raises(UserError, match=f"another picture called '{9 if stop > 10 else 5}.png'"):
+        build(tmp_path, rows=some)
+
+
+def test_another_encoder_of_the_same_fingerprint_is_refused(tmp_path):
+    build(tmp_path)
+    with pytest.raises(UserError, match="another picture called"):
+        build(tmp_path, lambda pixels: Encoder()(pixels).flip(-1))
 
 
 def test_damage_is_seen(tmp_path):
@@ -321,5 +350,5 @@ def test_two_builders_share_the_work_and_the_file(tmp_path):
     for process in others:
         process.join(timeout=60)
         assert process.exitcode == 0
-    assert [encoded for encoded, _ in results] == [0, 11]  # one did all, the other found it done
+    assert [encoded for encoded, _ in results] == [3, 11]  # one did all, the other found it done
     assert results[0][1] == results[1][1] == FeatureCache(tmp_path, MADE_BY).get(7).sum().item()

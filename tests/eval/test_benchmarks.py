@@ -217,6 +217,18 @@ def test_without_rerank_there_is_cosine_alone_and_so_for_clip(pipeline, rows, tm
     assert set(retrieval(load(save_clip(tmp_path / "clip")), rows)) == {"itc", "images", "texts"}
 
 
+def test_clip_reads_captions_as_they_are_and_blip_reads_them_cleaned(pipeline, tmp_path, monkeypatch, rows):
+    clip, seen = load(save_clip(tmp_path / "clip")), []
+    told = [replace(rows[0], captions=["A Dog. Two (cats)!"]), rows[1]]
+    for model in (clip, pipeline):
+        embed = model.embed_texts
+        monkeypatch.setattr(
+            model, "embed_texts", lambda texts, embed=embed: seen.append(texts[0]) or embed(texts)
+        )
+        retrieval(model, told, rerank=False)
+    assert seen == ["A Dog. Two (cats)!", "a dog two cats"]
+
+
 def test_cached_features_give_what_pictures_give(pipeline, rows, tmp_path):
     model = pipeline.model
     cache = build_features(
@@ -261,6 +273,17 @@ def test_vqa_counts_the_annotators(rows):
     assert model.asked == [
         (["0.png", "1.png", "2.png"], ["q0", "q1", "q2"], ["red", "none"], {"num_beams": 2})
     ]
+
+
+def test_vqa_does_not_mix_two_ways_to_count():
+    kinds = [
+        Row(f"{n}", [f"{n}.png"], [], question="q", answers=["a"] * n, where=f"row {n}") for n in (10, 3)
+    ]
+    model = Answers(["a", "a"])
+    with pytest.raises(UserError, match=r"row 10 has 10 answers and row 3 3; .* measure the two kinds apart"):
+        vqa(model, kinds)
+    assert not model.asked, "said before any work is done"
+    assert vqa(Answers(["b"]), kinds[1:])["accuracy"] == 0
 
 
 def test_what_cannot_be_evaluated_is_said(pipeline, rows):

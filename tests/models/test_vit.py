@@ -1,13 +1,17 @@
 """The vision transformer: shapes, positions at any size, recomputation, and backbones of transformers."""
 
+import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from openblip.config import ConfigError
+from openblip.config import ConfigError, from_dict, to_dict
 from openblip.models import vit
+from openblip.models.blip import Blip, BlipConfig
+from openblip.models.text import TextConfig
 from openblip.models.vit import (
     HuggingFaceVision,
     VisionConfig,
@@ -109,6 +113,19 @@ def test_without_a_class_token_the_mean_stands_in_its_place_and_what_is_over_is_
         resize_position_embedding(torch.zeros(1, 18, 24), (3, 5))
 
 
+def test_models_read_as_many_channels_as_blocks_give():
+    config = replace(TINY, output_blocks=(1, 3))
+    assert from_dict(VisionConfig, json.loads(json.dumps(to_dict(config))), "config.json") == config
+    text = TextConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    model = Blip(BlipConfig(config, text)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    embeds = model.encode_image(images)
+    assert embeds.shape == (2, 17, 48)
+    model.itm_logits(model.encoder_memory(embeds), torch.tensor([[5, 6], [7, 8]])).sum().backward()
+    assert model.image_features(embeds).shape == (2, 256)
+    assert all(block.mlp.fc1.weight.grad.abs().sum() > 0 for block in model.vision.blocks)
+
+
 def gradients(model, images):
     model.zero_grad()
     torch.manual_seed(5)  # the same samples are dropped
@@ -139,7 +156,12 @@ def test_recomputing_activations_changes_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"image_size": 33}, "image_size 33 is not a multiple of patch_size 8"),
-     ({"num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5")],
+     ({"num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
+     ({"output_blocks": ()}, r"output_blocks are rising numbers from 1, the last 12, got \[\]"),
+     ({"output_blocks": (0, 12)}, r"the last 12, got \[0, 12\]"),
+     ({"output_blocks": (8, 10)}, r"the last 12, got \[8, 10\]"),
+     ({"output_blocks": (10, 8, 12)}, r"the last 12, got \[10, 8, 12\]"),
+     ({"output_blocks": (12,), "backbone": {"model_type": "vit"}}, "not of a backbone")],
 )  # fmt: skip
 def test_impossible_configs(change, message):
     with pytest.raises(ConfigError, match=message):

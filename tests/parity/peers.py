@@ -64,11 +64,11 @@ def clip_config(**text: int) -> CLIPConfig:
     )
 
 
-def dinov2_config() -> Dinov2Config:
+def dinov2_config(**settings: object) -> Dinov2Config:
     """Three layers, 4 x 4 patches."""
     return Dinov2Config(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa", **settings,
     )  # fmt: skip
 
 

@@ -1,10 +1,14 @@
 """Our VisionTransformer as DINOv2 gives what transformers' Dinov2Model gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import Dinov2Model
+from transformers import Dinov2Backbone, Dinov2Model
 
+from openblip.config import UserError
 from openblip.convert.huggingface import to_huggingface
+from openblip.models.vit import VisionTransformer
 from tests.parity.peers import (
     TOLERANCE,
     difference,
@@ -75,6 +79,33 @@ def test_a_fault_is_seen(peer, fault):
     model = ours(peer)
     fault(model)
     assert gap(model, peer, pixels(2, 3, 32, 32)) > TOLERANCE
+
+
+@torch.no_grad()
+def several(peer, blocks) -> VisionTransformer:
+    """Our tower with the peer's weights, that gives what these blocks give."""
+    tower = ours(peer)
+    model = VisionTransformer(replace(tower.config, output_blocks=blocks)).double().eval()
+    model.load_state_dict(tower.state_dict())
+    return model
+
+
+@torch.no_grad()
+def test_tokens_of_several_blocks_are_those_of_its_backbone(peer):
+    backbone = random_peer(Dinov2Backbone, dinov2_config(out_indices=[1, 3], reshape_hidden_states=False))
+    backbone.load_state_dict(peer.state_dict(), strict=False)
+    images = pixels(2, 3, 32, 32)
+    theirs = torch.cat(backbone(images).feature_maps, dim=-1)
+    mine = several(peer, (1, 3))(images)
+    assert mine.shape[-1] == several(peer, (1, 3)).config.output_size == 48
+    assert (mine - theirs).abs().max() < TOLERANCE
+    assert torch.equal(mine[..., 24:], ours(peer)(images))  # the last is what the tower alone gives
+    assert (several(peer, (2, 3))(images) - theirs).abs().max() > 0.1
+
+
+def test_several_blocks_do_not_go_back(peer):
+    with pytest.raises(UserError, match="reads one block of its image tower, not output_blocks"):
+        to_huggingface(several(peer, (1, 3)))
 
 
 def test_it_goes_back(peer):

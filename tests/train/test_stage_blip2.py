@@ -15,11 +15,12 @@ from openblip.data.collate_lm import InstructDataset
 from openblip.data.mixture import MixedRows
 from openblip.data.rows import BadRows
 from openblip.data.sources import open_source
-from openblip.hub import load_pretrained
+from openblip.hub import Pretrained, load_pretrained
+from openblip.models.adapters import LoraSettings
 from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.blip2_llm import Blip2Llm
 from openblip.models.qformer import QFormerConfig
-from openblip.recipes import Language, Recipe
+from openblip.recipes import Augment, Language, Recipe
 from openblip.train.config import TrainConfig
 from openblip.train.ingredients import prepare
 from openblip.train.stage import _loader, run_stage
@@ -203,6 +204,58 @@ def test_stage2_learns_to_take_instructions_if_its_qformer_can_read(stage1, lang
     blind = load_pretrained(run_stage(stage2(language, stage1), rows, tmp_path / "b").folder)
     with pytest.raises(UserError, match="has no text part to read an instruction with"):
         prepare(asked, rows, blind)
+
+
+def test_what_is_of_training_the_recipe_says_and_not_the_start(stage1, language, rows):
+    begun = load_pretrained(stage1)
+    begun.frozen["vision"] = "dinov2_small"
+    loose = replace(recipe().blip2, freeze_vision=False, image_dropout=0.5)
+    made = prepare(recipe(init=str(stage1), blip2=loose), rows, begun)
+    assert not made.model.config.freeze_vision and made.model.config.image_dropout == 0.5
+    assert all(weight.requires_grad for weight in made.model.vision.parameters())
+    assert "vision" not in made.frozen, "a tower that is trained is no longer its package's"
+    again = prepare(recipe(init=str(stage1)), rows, begun)
+    assert not any(weight.requires_grad for weight in again.model.vision.parameters())
+    begun = load_pretrained(stage1)
+    begun.frozen["vision"] = "dinov2_small"
+    assert prepare(stage2(language, stage1), rows, begun).frozen["blip2.vision"] == "dinov2_small"
+    begun = load_pretrained(stage1)
+    begun.frozen["vision"] = "dinov2_small"
+    made = prepare(stage2(language, stage1, blip2=loose), rows, begun)
+    assert not made.model.config.blip2.freeze_vision and "blip2.vision" not in made.frozen
+
+
+def test_adapters_are_put_into_a_stage2_that_has_none(stage1, language, rows, tmp_path):
+    begun = load_pretrained(run_stage(stage2(language, stage1), rows, tmp_path / "plain").folder)
+    before = {name: value.clone() for name, value in begun.model.state_dict().items()}
+    chosen = recipe("blip2_stage2", language=Language(str(language), lora=LoraSettings(rank=2)))
+    model = prepare(chosen, rows, begun).model
+    after = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    assert model.lm.config.lora == LoraSettings(rank=2)
+    assert any("lora_" in name and weight.requires_grad for name, weight in model.named_parameters())
+    fresh = [name for name in after if "lora_" not in name and name not in before]
+    assert not fresh and all(
+        torch.equal(after[name], value) for name, value in before.items() if name in after
+    )
+    done = run_stage(chosen, rows, tmp_path / "adapted", init=Pretrained(**{**vars(begun), "model": model}))
+    assert load_pretrained(done.folder).model.lm.config.lora == LoraSettings(rank=2)
+
+
+def test_settings_that_are_not_read_are_refused(rows, tmp_path):
+    chosen = recipe()
+    with pytest.raises(UserError, match=r"blip2_stage1: train\.batch_tokens is for BLIP-3"):
+        run_stage(replace(chosen, train=replace(chosen.train, batch_tokens=99)), rows, tmp_path)
+    with pytest.raises(UserError, match="blip3_sft: BLIP-3 sees whole pictures, so `augment` is null"):
+        run_stage(replace(chosen, stage="blip3_sft", augment=Augment()), rows, tmp_path)
+
+
+def test_features_of_other_blocks_are_refused(rows, tmp_path):
+    vision = replace(recipe().blip2.vision, num_hidden_layers=3, output_blocks=(1, 3))
+    chosen = recipe(blip2=replace(recipe().blip2, vision=vision))
+    run_stage(chosen, rows, tmp_path / "one", features=tmp_path / "features")
+    other = replace(chosen, blip2=replace(chosen.blip2, vision=replace(vision, output_blocks=(2, 3))))
+    with pytest.raises(UserError, match="vision_config"):
+        run_stage(other, rows, tmp_path / "two", features=tmp_path / "features")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from openblip.config import UserError
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.blip_nlvr import BlipNlvrConfig
 from openblip.models.blip_vqa import BlipVqaConfig
@@ -73,6 +74,12 @@ def test_position_embeddings_fit_a_higher_resolution():
     assert not any("position_embedding" in name for name in fresh)
     wanted = resize_position_embedding(source.vision.position_embedding, (4, 4))
     assert torch.equal(model.vision.position_embedding, wanted) and wanted.shape[1] == 17
+
+
+def test_a_tower_of_several_blocks_is_not_standardised():
+    tower = VisionTransformer(tiny.vision(num_hidden_layers=2, output_blocks=(1, 2)))
+    with pytest.raises(UserError, match="gives several blocks"):
+        standardise_tower_(tower, torch.randn(4, 3, 16, 16))
 
 
 def test_a_standardised_tower_gives_channels_of_mean_0_and_deviation_1():

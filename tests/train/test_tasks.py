@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from openblip.config import ConfigError
+from openblip.models.blip import Blip
 from openblip.models.generation import GenerationConfig
 from openblip.train import checkpoint, distributed, log, matching
 from openblip.train.loop import NonFiniteError, fit
@@ -191,6 +193,20 @@ def test_blip_losses_and_gradients_equal_a_reference_that_projects_images_anew_e
     assert torch.equal(forbidden, same) and sim_i2t.shape == sim_t2i.shape == (5, 5)
     for index in (text_of_image, image_of_text):
         assert not same[torch.arange(5), index].any()
+
+
+@pytest.mark.parametrize("share", [(), ("embeddings", "feed_forward")])
+def test_an_encoder_and_a_decoder_with_cross_attentions_of_their_own_give_what_shared_ones_give(share):
+    """BLIP's table 3 trains them too; with the same weights in both places nothing can differ."""
+    batch, losses = tiny.doubled(tiny.pairs(4)), []
+    shared, apart = blip_task().double(), blip_task().double()
+    apart.model = Blip(replace(shared.model.config, share=share)).double()
+    apart.model.load_state_dict(shared.model.state_dict())
+    apart.queue.load_state_dict(shared.queue.state_dict())
+    for task in (shared, apart):
+        task.begin_step(3)
+        losses.append({name: loss.item() for name, loss in task.eval()(batch).items()})
+    assert losses[1] == pytest.approx(losses[0], abs=1e-12) and set(losses[0]) == {"itc", "itm", "lm"}
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -424,6 +440,15 @@ def test_clip_loss_is_over_all_pairs_of_the_batch():
     logits = model.logit_scale.exp() * images @ texts.T
     wanted = -(logits.log_softmax(0).diag() + logits.log_softmax(1).diag()).mean() / 2
     torch.testing.assert_close(ClipTask(model)(batch)["itc"], wanted, atol=1e-10, rtol=0)
+
+
+def test_a_scale_beyond_its_cap_comes_back():
+    task = ClipTask(tiny.clip())
+    task.model.logit_scale.data.fill_(9.0)
+    task.begin_step(0)
+    assert task.model.clamped_scale().item() == pytest.approx(100, rel=1e-5)
+    task(tiny.pairs(4))["itc"].backward()
+    assert task.model.logit_scale.grad.abs() > 0
 
 
 # --- overfitting --------------------------------------------------------------------------------------------

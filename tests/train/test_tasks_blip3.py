@@ -58,10 +58,10 @@ def batch(rows: int = 8, seed: int = 0, *, model=None, images: bool = True) -> d
     return found
 
 
-def pairs(count: int = 4, seed: int = 0) -> dict:
-    """Two answers to each picture, the chosen ones first."""
-    chosen = batch(count, seed)
-    other = batch(count, seed + 17)
+def pairs(count: int = 4, seed: int = 0, *, images: bool = True) -> dict:
+    """Two answers to each picture, or text, the chosen ones first."""
+    chosen = batch(count, seed, images=images)
+    other = batch(count, seed + 17, images=images)
     rejected = []
     for ids, labels in zip(chosen["input_ids"].tolist(), chosen["labels"].tolist()):
         prompt = ids[: next(i for i, label in enumerate(labels) if label != -100)]
@@ -77,7 +77,7 @@ def pairs(count: int = 4, seed: int = 0) -> dict:
         **chosen,
         "input_ids": torch.cat([ids, more]),
         "labels": torch.cat([labels, torch.tensor(told)]),
-        "image_index": torch.arange(count).repeat(2),
+        "image_index": torch.arange(count if images else 0).repeat(2),
         "ids": chosen["ids"] * 2,
     }
 
@@ -287,6 +287,36 @@ def test_a_second_rejected_answer_comes_from_noisy_pictures():
                 "tile_embeds": torch.zeros(10, 17, 12),
             }
         )
+
+
+def test_a_prompt_without_a_picture_has_no_answer_to_noise():
+    """Its answer would be what the model says anyway, and that is not to be unlearnt."""
+    model, found = blip3(lora=tiny.ADAPTERS), pairs()
+    tiles = 1 + int(found["grids"][0, :2].prod())
+    for row in (0, 4):
+        ids = found["input_ids"][row]
+        ids[ids == model.image_token_id] = 5
+    mixed = {
+        **found,
+        "grids": found["grids"][1:],
+        "pixel_values": found["pixel_values"][tiles:],
+        "image_index": torch.arange(3).repeat(2),
+    }
+    task = DpoTask(model, DpoTaskConfig(beta=0.5, noise_step=500, max_new_tokens=4)).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    task.begin_step(0)
+    loss = task(mixed)["dpo_noise"].item()
+    task.begin_step(0)
+    told, gains = task._gains({**mixed, **task._misled(mixed)}), task._gains(mixed)[:4]
+    by_row = [dpo_loss(gains[row : row + 1], told[row : row + 1], 0.5).item() for row in range(4)]
+    assert loss == pytest.approx(sum(by_row[1:]) / 3, rel=1e-5)
+    assert abs(by_row[0] - loss) > 1e-3, "the row would have made a difference"
+    losses = task(pairs(images=False))
+    assert losses["dpo_noise"].item() == 0 and losses["dpo"].item() > 0
+    sum(losses.values()).backward()
 
 
 def test_noise_takes_a_picture_over():
