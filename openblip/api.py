@@ -38,10 +38,12 @@ def load(
     device: where it runs; a GPU if there is one. dtype: "fp32", or "bf16" (faster where the processor has it), or
     "int8" for a model with a language model, whose linear layers then have 8 bits, and all else is bf16.
     vision, lm: image tower and language model of an original BLIP-2 file, see `hub.load_pretrained`. Raises UserError
-    for a name that is no model, an unknown dtype, or a model this class cannot run.
+    for a name that is no model, an unknown dtype, a batch_size below 1, or a model this class cannot run.
     """
     if dtype not in (*DTYPES, "int8"):
         raise UserError(f'dtype must be "fp32", "bf16" or "int8", not {dtype!r}')
+    if batch_size < 1:
+        raise UserError(f"batch_size is at least 1, got {batch_size}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = torch.float32 if dtype == "fp32" else torch.bfloat16  # a large model never stands there twice
     found = load_pretrained(name, dtype=stored, vision=vision, lm=lm)

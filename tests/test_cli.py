@@ -188,6 +188,58 @@ def test_what_the_parser_refuses_ends_with_2_too(arguments, capsys):
     assert caught.value.code == 2 and capsys.readouterr().err.strip()
 
 
+def test_a_file_where_a_folder_is_wanted_is_one_line(root, mistake, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    stages = ("pretrain", "caption", "retrieval")
+    for stage in stages:
+        save_json(tiny_recipe(stage), tmp_path / f"{stage}.json")
+    recipes = [part for stage in stages for part in (f"--{stage}", tmp_path / f"{stage}.json")]
+    data = ("--data", root / "data")
+    for call in (
+        ("quickstart", *data),
+        ("bootstrap", *data, "--human", root / "data", *recipes),
+        ("train", tmp_path / "pretrain.json", *data),
+    ):
+        for out in (file, file / "below"):
+            assert f"{file}" in (line := mistake(*call, "--out", out)), call
+            assert "Errno" not in line and ("folder" in line or "directory" in line), line
+    assert file.read_text() == "mine"
+
+
+def test_a_name_too_long_for_a_file_is_one_short_line(mistake):
+    line = mistake("info", "a" * 5000)
+    assert "aaa...: too long for the name of a file" in line and len(line) < 200
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), FileExistsError("no name"), BrokenPipeError()]
+)
+def test_errors_of_the_system_that_are_not_the_users_keep_their_traceback(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("openblip.quickstart.run.run", fail)
+    with pytest.raises(OSError) as caught:
+        cli.main(["quickstart"])
+    assert caught.value is error
+
+
+def test_numbers_that_make_no_sense_are_refused_before_any_work(root, mistake, monkeypatch):
+    monkeypatch.setattr("openblip.api.load", lambda *_, **__: pytest.fail("loaded a model first"))
+    call = ("eval", "caption", "--data", root / "data", "--model", root / "blip")
+    assert "--num-beams is at least 1, got 0" in mistake(*call, "--num-beams", 0)
+    assert "--take is at least 1, got -3" in mistake(*call, "--take", -3)
+
+
+def test_a_caption_longer_than_the_model_is_refused_before_decoding(root, mistake, monkeypatch):
+    monkeypatch.setattr("openblip.models.blip.Blip.lm_states", lambda *_, **__: pytest.fail("decoded"))
+    picture, model = root / "data/images/00.png", ("--model", root / "blip", "--prompt", "")
+    positions = openblip.load(root / "blip").model.config.text.max_position_embeddings
+    line = mistake("caption", picture, *model, "--max-new-tokens", positions + 1)
+    assert f"max_new_tokens is at most {positions}, got {positions + 1}" in line
+
+
 def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -195,7 +247,31 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     monkeypatch.setattr("openblip.quickstart.run.run", stop)
     with pytest.raises(SystemExit) as caught:
         cli.main(["quickstart"])
-    assert caught.value.code == 130 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 130 and line == "openblip: interrupted; the same call goes on from here"
+
+
+@pytest.mark.parametrize(
+    ("call", "goes_on"),
+    [
+        ("train small_pretrain", True), ("capfilt --data x", True), ("bootstrap", True), ("index build x", True),
+        ("index add x", True), ("capfilt --data x --dry-run", False), ("capfilt --dry_run", False),
+        ("index delete x", False), ("index stats x", False), ("search x", False), ("eval vqa", False),
+        ("caption train", False), ("vqa", False), ("convert capfilt train", False), ("chat", False), ("", False),
+    ],
+)  # fmt: skip
+def test_only_what_is_kept_is_said_to_go_on(call, goes_on, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tyro.extras.subcommand_cli_from_dict", stop)
+    for given in (call.split(), None):  # None: those of the process
+        monkeypatch.setattr("sys.argv", ["openblip", *call.split()])
+        with pytest.raises(SystemExit) as caught:
+            cli.main(given)
+        line = capsys.readouterr().err.strip()
+        assert caught.value.code == 130 and line.startswith("openblip: interrupted")
+        assert ("goes on" in line) == goes_on, line
 
 
 HELP = """

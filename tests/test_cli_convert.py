@@ -132,6 +132,25 @@ def test_options(said, tmp_path):
     assert found.model.config.vision.image_size == 48 == found.transform.image_size
 
 
+@pytest.mark.parametrize("to", ["openblip", "transformers"])
+def test_over_an_earlier_result_and_not_over_what_somebody_else_wrote(to, said, mistake, tmp_path):
+    file, out = official("caption", tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("my notes")
+    (out / "tokenizer.json").write_text("{}")
+    call = ("convert", file, out, "--to", to)
+    assert "README.md, tokenizer.json would be replaced" in mistake(*call)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "tokenizer.json"]
+    assert (out / "README.md").read_text() == "my notes" and (out / "tokenizer.json").read_text() == "{}"
+    for path in out.iterdir():
+        path.unlink()
+    for other in (to, to, "transformers", "openblip"):
+        said("convert", file, out, "--to", other)
+    (out / "config.json").unlink()  # as an interrupted conversion leaves it
+    said(*call)
+    assert load_pretrained(out).model
+
+
 def test_what_cannot_be_converted_is_one_line(mistake, tmp_path):
     file = official("pretrain", tmp_path)
     line = mistake("convert", file, tmp_path / "out", "--to", "transformers")

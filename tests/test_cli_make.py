@@ -254,6 +254,29 @@ def test_a_dry_run_says_what_it_would_take(root, answer, capsys, tmp_path):
     assert "about 6 usable pictures in 3 shards" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--threshold", 80), "threshold is a P(match) between 0 and 1, got 80.0"),
+        (("--top-k", 0), "top_k is at least 1, got 0"),
+        (("--script", "klingon"), "script: 'klingon' is not known"),
+        (("--batch-size", 0), "batch_size and decoders are at least 1, got 0 and 1"),
+        (("--decoders", 0, "--dry-run"), "batch_size and decoders are at least 1, got 32 and 0"),
+        (("--max-bad-share", 2), "max_bad_share is a share between 0 and 1"),
+    ],
+)
+def test_impossible_rules_are_refused_before_the_job(root, mistake, tmp_path, wrong, said):
+    call = ["capfilt", "--data", root / "data", "--out", tmp_path / "job"]
+    call += ["--captioner", root / "blip", "--filter", root / "filter"]
+    assert said in mistake(*call, *wrong) and not (tmp_path / "job").exists()
+
+
+def test_bootstrap_refuses_an_impossible_threshold_before_the_first_step(root, mistake, tmp_path):
+    call = ["bootstrap", "--data", root / "data", "--human", root / "data", "--out", tmp_path / "job"]
+    found = mistake(*call, "--threshold", 80)
+    assert "threshold is a P(match) between 0 and 1, got 80.0" in found and not (tmp_path / "job").exists()
+
+
 def test_options_of_ray_want_the_engine(root, mistake, tmp_path):
     call = ["capfilt", "--data", root / "data", "--out", tmp_path / "job"]
     call += ["--captioner", root / "blip", "--filter", root / "filter"]

@@ -137,6 +137,21 @@ def test_mistakes_are_one_line(root, folder, index, mistake, tmp_path):
     assert "--html" in mistake("search", "red", "--index", index, "--html", tmp_path)
 
 
+def test_numbers_that_make_no_sense_are_refused_before_any_work(root, folder, index, mistake, monkeypatch):
+    monkeypatch.setattr("openblip.api.load", lambda *_, **__: pytest.fail("loaded a model first"))
+    data, model = ("--data", folder / "data"), ("--model", root / "filter")
+    new = folder / "never"
+    for call in (("index", "build", new, *data, *model), ("index", "add", index, *data)):
+        assert "--batch-size is at least 1, got -1" in mistake(*call, "--batch-size", -1)
+        assert "--batch-size is at least 1, got 0" in mistake(*call, "--batch-size", 0)
+        assert "--thumbnail is at least 0, got -1" in mistake(*call, "--thumbnail", -1)
+        assert "--workers is at least 0, got -2" in mistake(*call, "--workers", -2)
+    assert not new.exists()
+    for place in ((*data, *model), ("--index", index)):
+        assert "--top is at least 1, got -2" in mistake("search", "red", *place, "--top", -2)
+        assert "--rerank is at least 0, got -1" in mistake("search", "red", *place, "--rerank", -1)
+
+
 def test_a_model_that_moved_is_named(root, folder, mistake, answer, tmp_path):
     from tests.tiny_models import save_blip
 

@@ -19,6 +19,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder; or <name>.i
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # that single files of weights usually have
 _STATE = ("model", "state_dict", "model_state_dict")  # where checkpoints of training runs keep the weights
 
+_ORDER = {"README.md": 0, "config.json": 2}  # of files that appear in a folder; 1: the others
+_SAVED = "saved by openblip"  # in every model card
+
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError: not there, not JSON, not an object."""
@@ -117,8 +120,15 @@ def publish(folder: Path, is_ours: Callable[[str], bool], write: Callable[[Path]
     files and folders whose names are ours. config.json comes last.
 
     By rename: loaded weights are a view of their file, which lives on under them, while writing into it would
-    pull them away. Raises UserError: no folder can be made there.
+    pull them away. README.md comes first and says whose folder it is, however early the process ends.
+
+    Raises UserError: no folder can be made there, or it holds files of these names that openblip did not write.
     """
+    if foreign := _foreign(folder, is_ours):
+        raise UserError(
+            f"{folder}: {', '.join(foreign)} would be replaced, and openblip did not write that; name a new folder, or "
+            "one that openblip saved a model in"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,5 +138,17 @@ def publish(folder: Path, is_ours: Callable[[str], bool], write: Callable[[Path]
         (folder / "config.json").unlink(missing_ok=True)
         for stale in [path for path in folder.iterdir() if is_ours(path.name)]:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        for file in sorted(Path(beside).iterdir(), key=lambda path: path.name == "config.json"):
+        for file in sorted(Path(beside).iterdir(), key=lambda path: _ORDER.get(path.name, 1)):
             file.replace(folder / file.name)
+
+
+def _foreign(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
+    """Names in a folder that saving would replace, where neither model card nor config.json is of openblip."""
+    if not folder.is_dir():
+        return []
+    card, config = folder / "README.md", folder / "config.json"
+    if card.is_file() and _SAVED in card.read_text(encoding="utf-8", errors="replace"):
+        return []
+    if config.is_file() and '"openblip_version"' in config.read_text(encoding="utf-8", errors="replace"):
+        return []
+    return sorted(path.name for path in folder.iterdir() if is_ours(path.name) or path.name in _ORDER)

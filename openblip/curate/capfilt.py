@@ -280,6 +280,14 @@ def model_names(captioners: Sequence[str], filter: str) -> dict[str, str]:
     return {**names, "filter": filter}
 
 
+def check_rule(threshold: float = 0.5, k: int = 2) -> None:
+    """Raise UserError for a threshold or a k that `keep_matching` and `keep_best` could not mean."""
+    if not 0 <= threshold <= 1:
+        raise UserError(f"threshold is a P(match) between 0 and 1, got {threshold}")
+    if k < 1:
+        raise UserError(f"top_k is at least 1, got {k}")
+
+
 def keep_matching(texts: Sequence[ScoredText], threshold: float = 0.5) -> list[bool]:
     """BLIP's rule: a text is kept if P(match) ≥ threshold. 0.5 is what the ITM head itself says."""
     return [text.match >= threshold for text in texts]

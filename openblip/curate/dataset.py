@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openblip.config import UserError
-from openblip.curate.capfilt import ScoredText, keep_best, keep_matching
+from openblip.curate.capfilt import ScoredText, check_rule, keep_best, keep_matching
 from openblip.curate.job import SCHEMA, ShardManifest, manifests, publish, quarantined, scores_path, writing
 from openblip.curate.texts import TextRules
 from openblip.data.row_range import Rows
@@ -114,8 +114,7 @@ def decide(
     """
     if rule not in ("itm", "top_k"):
         raise UserError(f'rule is "itm" or "top_k", got {rule!r}')
-    if not 0 <= threshold <= 1 or k < 1:
-        raise UserError(f"threshold is within 0 and 1 and k at least 1, got {threshold} and {k}")
+    check_rule(threshold, k)
     names = [field.name for field in fields(ScoredText)]
     scored = [ScoredText(**line) for line in table.select(names).to_pylist()]
     allowed = [texts is None or texts.allows(one.text) for one in scored]

@@ -5,6 +5,7 @@
 
 The hash is imagehash's pHash: 64 bits of a picture's low frequencies, which survive scaling and compression.
 It sees no colours: flat drawings that differ in them alone are taken for one.
+Rows of equal ids show the same picture (`Row.id`): they stay, or are left out, together.
 `pip install "openblip[curate]"` brings it.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from openblip.config import UserError
 from openblip.curate.job import publish
+from openblip.data.collate import image_id
 from openblip.data.image import BadImage, open_image
 from openblip.data.loader import prefetch
 from openblip.data.row_range import Rows
@@ -24,7 +26,7 @@ from openblip.data.rows import BadRow, Row
 from openblip.data.shards import InShards, Named
 
 MOST = 8  # bits; beyond, different pictures are taken for one
-_HASHED = np.dtype([("row", "i8"), ("hash", "u8")])
+_HASHED = np.dtype([("row", "i8"), ("id", "i8"), ("hash", "u8")])
 
 
 class KeptRows:
@@ -79,10 +81,10 @@ def deduplicate(
     workers: int = 1,
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[KeptRows, int]:
-    """Look at every picture of a source; what is left, and how many rows look like an earlier one.
+    """Look at every picture of a source; what is left, and how many rows look like an earlier one of another id.
 
-    Rows and pictures that cannot be used stay, to be met and counted with the others. Memory: about a hundred bytes a
-    picture, with a distance above 0 several hundred.
+    Rows and pictures that cannot be used stay, to be met and counted with the others. Memory: about two hundred bytes
+    a picture, with a distance above 0 several hundred.
 
     Args:
         folder: the job's. distance: bits in which the hashes of equal pictures may differ, 0 to `MOST`.
@@ -113,7 +115,7 @@ def deduplicate(
             path.unlink(missing_ok=True)
         else:
             rows, hashes = looked
-            again = [row for row, value in hashes.tolist() if seen.before(value)]
+            again = [row for row, owner, value in hashes.tolist() if seen.before(value, owner)]
             dropped += len(again)
             np.save(file, np.setdiff1d(np.arange(rows), np.array(again, np.int64)))
             if not path.is_file() or path.read_bytes() != file.getvalue():
@@ -124,26 +126,27 @@ def deduplicate(
 
 
 class _Seen:
-    """Hashes so far. Two that differ in at most d bits are equal in one of d + 1 bands of theirs."""
+    """Hashes so far, and whose they are. Two that differ in at most d bits are equal in one of their d + 1 bands."""
 
     def __init__(self, distance: int) -> None:
         self.distance = distance
         self.cuts = np.linspace(0, 64, distance + 2).round().astype(int).tolist()
         self.bands: list[dict[int, list[int]]] = [{} for _ in range(distance + 1)]
-        self.exact: set[int] = set()
+        self.owners: dict[int, int] = {}  # hash -> number of the id it was first seen with
 
-    def before(self, value: int) -> bool:
-        """Whether one like this was seen; if not, now it is."""
-        if value in self.exact:
-            return True
+    def before(self, value: int, owner: int) -> bool:
+        """Whether one like this was seen with another id; if not, now it is."""
+        if value in self.owners:
+            return self.owners[value] != owner
         if self.distance:
             keys = [value >> low & (1 << high - low) - 1 for low, high in zip(self.cuts, self.cuts[1:])]
             for band, key in zip(self.bands, keys, strict=True):
-                if any((value ^ other).bit_count() <= self.distance for other in band.get(key, ())):
+                near = [one for one in band.get(key, ()) if (value ^ one).bit_count() <= self.distance]
+                if any(self.owners[one] != owner for one in near):
                     return True
             for band, key in zip(self.bands, keys, strict=True):
                 band.setdefault(key, []).append(value)
-        self.exact.add(value)
+        self.owners[value] = owner
         return False
 
 
@@ -156,7 +159,9 @@ def _hashes(
     if path.is_file():
         with path.open("rb") as file:
             if str(np.load(file)) == identity:
-                return int(np.load(file)), np.load(file)
+                count, hashes = int(np.load(file)), np.load(file)
+                if hashes.dtype == _HASHED:  # older files do not say whose the hashes are
+                    return count, hashes
     try:
         rows = source.part(shard)
     except Exception:  # whatever it is: `KeptRows.part` meets it again, and the shard is put aside with it
@@ -164,7 +169,8 @@ def _hashes(
     found = []
     for number in range(len(rows)):
         try:
-            found.append((number, picture_hash(rows[number])))
+            row = rows[number]
+            found.append((number, image_id(row), picture_hash(row)))
         except (BadRow, BadImage):
             continue
     hashes, content = np.array(found, _HASHED), io.BytesIO()

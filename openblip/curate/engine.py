@@ -28,7 +28,7 @@ from openblip.curate.job import (
     refuse_other,
 )
 from openblip.curate.progress import Progress
-from openblip.curate.shard import Outcome, Work, open_shard, process_shard
+from openblip.curate.shard import Outcome, Work, check_work, open_shard, process_shard
 from openblip.data.loader import prefetch
 from openblip.data.shards import InShards
 
@@ -100,10 +100,7 @@ def run(
         UserError: the folder holds a job with other models, another configuration or source; no usable picture at
             all; ten shards in a row had to be put aside; the folder takes no more.
     """
-    if batch_size < 1 or decoders < 1:
-        raise UserError(f"batch_size and decoders are at least 1, got {batch_size} and {decoders}")
-    if not 0 <= max_bad_share <= 1:
-        raise UserError(f"max_bad_share is a share between 0 and 1, got {max_bad_share}")
+    check_work(batch_size, decoders, max_bad_share)
     folder = job_folder(out)
     names = [shard.name for shard in source.shards()]
     base = json.loads(json.dumps(capfilt.fingerprint))

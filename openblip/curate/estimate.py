@@ -13,7 +13,7 @@ from openblip.config import UserError
 from openblip.curate.engine import Loadable
 from openblip.curate.job import SCHEMA
 from openblip.curate.progress import clock
-from openblip.curate.shard import Seconds, judge, open_batch
+from openblip.curate.shard import Seconds, check_work, judge, open_batch
 from openblip.data.shards import InShards
 
 SAMPLES = 200
@@ -69,8 +69,9 @@ def estimate(
 ) -> Estimate:
     """Work on about `samples` pictures and publish nothing. price: of a worker for an hour, in whatever money.
 
-    Raises UserError: no shard can be opened, or no row of those looked at can be used.
+    Raises UserError: an impossible number, no shard can be opened, or no row of those looked at can be used.
     """
+    check_work(batch_size, decoders)
     shards = source.shards()
     places = np.linspace(0, len(shards) - 1, min(PLACES, len(shards))).round().astype(int).tolist()
     worker = capfilt.load()

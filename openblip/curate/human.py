@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
+from openblip.config import UserError
 from openblip.data.collate import check_picture
 from openblip.data.rows import BadRows, Row
 from openblip.data.sources import Source
+from openblip.recipes import Recipe
 
 
 class HumanRows:
@@ -52,3 +55,39 @@ class HumanRows:
     def fingerprint(self) -> str:
         """That of the source, and which of its rows are good."""
         return hashlib.sha256(json.dumps([self.source.fingerprint, self.numbers]).encode()).hexdigest()
+
+
+class Stages(Protocol):
+    """What is trained on human pairs; every `held_out`-th is kept out of the filter's training, 0: none."""
+
+    pretrain: Recipe
+    caption: Recipe
+    retrieval: Recipe
+    held_out: int
+
+
+def check_enough(stages: Stages, human: int, web: int | None = None) -> None:
+    """Raise UserError if so many pairs do not fill one batch of every stage, or cannot fit the filter's scale.
+
+    web: None if it is not known yet.
+    """
+    every = stages.held_out
+    pretrain, caption, retrieval = (
+        recipe.train.batch_size for recipe in (stages.pretrain, stages.caption, stages.retrieval)
+    )
+    wants = [("human", human, caption, f"a batch of {caption} of the caption recipe")]
+    what = f"a batch of {retrieval} of the retrieval recipe"
+    if every:  # the first of every so many is held out
+        wants.append(
+            ("human", human, every + 1, f"two pairs held out (every {every}-th) to fit the filter's scale")
+        )
+        retrieval += -(-retrieval // (every - 1))
+        what += f" without the pairs held out (every {every}-th)"
+    wants.append(("human", human, retrieval, what))
+    if web is not None:
+        wants.append(
+            ("web and human", web + human, pretrain, f"a batch of {pretrain} of the pretrain recipe")
+        )
+    for name, pairs, least, what in wants:
+        if pairs < least:
+            raise UserError(f"{name}: {pairs} pairs are too few for {what}: wanted {least} or more")

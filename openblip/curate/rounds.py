@@ -25,12 +25,13 @@ from typing import Any
 from openblip.api import load
 from openblip.config import UserError, from_dict, to_dict
 from openblip.curate import engine
-from openblip.curate.capfilt import CapFilt, CapFiltConfig, fit_scale_on
+from openblip.curate.capfilt import CapFilt, CapFiltConfig, check_rule, fit_scale_on
 from openblip.curate.dataset import write_parquet
 from openblip.curate.engine_ray import RayOptions
-from openblip.curate.human import HumanRows
+from openblip.curate.human import HumanRows, check_enough
 from openblip.curate.job import publish, refuse_other
 from openblip.curate.report import write_report
+from openblip.curate.shard import check_work
 from openblip.data.collate import Rows, rows_fingerprint
 from openblip.data.rows import Row
 from openblip.data.sources import Source, open_source
@@ -48,7 +49,7 @@ class RoundsConfig:
     held_out: every so many-th human pair is kept out of the filter's training, to fit its scale (`fit_match_scale`),
         which a small filter wants; 0: none, P(match) is that of the ITM head.
 
-    Raises UserError for a recipe of another stage than its field's.
+    Raises UserError for a recipe of another stage than its field's, or a number that makes no sense.
     """
 
     pretrain: Recipe = field(default_factory=small_pretrain)
@@ -62,6 +63,7 @@ class RoundsConfig:
         for stage in ("pretrain", "caption", "retrieval"):
             if (found := getattr(self, stage).stage) != stage:
                 raise UserError(f"{stage}: wanted a recipe of this stage, got one of {found!r}")
+        check_rule(self.threshold)
         if self.held_out == 1 or self.held_out < 0:
             raise UserError(
                 f"held_out {self.held_out}: wanted 2 or more, so that pairs are left, or 0 for none"
@@ -89,14 +91,15 @@ def run_rounds(
         ray: where CapFilt's shards are worked on; None: in this process, where the trainings always are.
 
     Raises:
-        UserError: no round, the folder was made with other settings or data, a filter that keeps nothing, or
-            whatever a stage refuses.
+        UserError: no round, too few pairs for a batch of a stage, the folder was made with other settings or data, a
+            filter that keeps nothing, or whatever a stage refuses.
         KeyboardInterrupt: a training was told to stop; its checkpoint is saved.
     """
     if rounds < 1:
         raise UserError(f"rounds is at least 1, got {rounds}")
     config, out = config or RoundsConfig(), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_work(batch_size, decoders=1)
+    check_enough(config, len(human), len(web))
     given = {"web": web.fingerprint, "human": human.fingerprint, "model": model and str(model)}
     settings = json.loads(json.dumps({**to_dict(config), **given}))
     listed = out / "rounds.json"
@@ -105,9 +108,11 @@ def run_rounds(
         others = {name: before.pop(name) for name in given}
         # Through the class: a setting that is new since then had its default.
         refuse_other({**to_dict(from_dict(RoundsConfig, before, str(listed))), **others}, settings, out)
+    out.mkdir(parents=True, exist_ok=True)
+    people = HumanRows(human, out / "bad_human_rows.jsonl")
+    check_enough(config, len(people), len(web))  # before the folder is bound to these rows
     publish(listed, json.dumps(settings, indent=2).encode())
 
-    people = HumanRows(human, out / "bad_human_rows.jsonl")
     everyone = _Joined(web, people)
     held_out = range(0, len(people), config.held_out) if config.held_out else range(0)
     seen = people.part([index for index in range(len(people)) if index not in held_out])

@@ -71,6 +71,14 @@ class Work:
     decoders: int = 1
 
 
+def check_work(batch_size: int, decoders: int, max_bad_share: float = 0.1) -> None:
+    """Raise UserError for numbers that no shard could be worked on with; see `Work`."""
+    if batch_size < 1 or decoders < 1:
+        raise UserError(f"batch_size and decoders are at least 1, got {batch_size} and {decoders}")
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"max_bad_share is a share between 0 and 1, got {max_bad_share}")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some rows of a shard, opened; `numbers` says which of them are good."""

@@ -17,6 +17,7 @@ from openblip.data.lines import IMAGE_SUFFIXES, csv_delimiter
 
 DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.jsonl", "captions.csv")
 DATA_SUFFIXES = frozenset({"csv", "tsv", "json", "jsonl", "ndjson", "parquet", "tar"})  # opened, in a folder
+OWN_RECORD = "bad_rows.jsonl"  # what openblip itself leaves in a folder: no data
 HEAD = 1 << 18  # bytes read to recognise a file
 WANTED = (
     "a folder with metadata.csv, metadata.jsonl or captions.jsonl; a csv, jsonl, COCO json or parquet file; "
@@ -105,8 +106,11 @@ def digest(url: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sniff(head: bytes) -> str:
-    """The kind of a file by its first bytes: parquet, tar, json, jsonl or csv, or a key of `_NOT_DATA`."""
+def sniff(head: bytes, suffix: str = "") -> str:
+    """The kind of a file by its first bytes: parquet, tar, json, jsonl or csv, or a key of `_NOT_DATA`.
+
+    `suffix` of its name decides where they do not: whether an object is a document or the first of many lines.
+    """
     if not head.strip(b"\0"):
         return "empty"
     if head.startswith(b"PAR1"):
@@ -122,6 +126,8 @@ def sniff(head: bytes) -> str:
     line, _, rest = text.partition(b"\n")
     if text.startswith(b"["):
         return "json"
+    if text.startswith(b"{") and suffix in ("jsonl", "ndjson"):
+        return "json" if line.strip() == b"{" else "jsonl"  # "json" for what is clearly spread over lines
     if text.startswith(b"{"):  # a whole object on the first line and more to come: one object per line
         return "jsonl" if line.rstrip().endswith(b"}") and rest.strip() else "json"
     try:
@@ -161,7 +167,11 @@ class _Folder:
             raise UserError(f"{self.path}: {_listed(described)} are both here; name the one to read")
         if described:
             return self.grouped([self.filesystem.info(described[0])])
-        entries = [entry for entry in self._list("file") if _suffix(entry["name"]) in DATA_SUFFIXES]
+        entries = [
+            entry
+            for entry in self._list("file")
+            if _suffix(entry["name"]) in DATA_SUFFIXES and not _is_own(entry["name"])
+        ]
         kinds = {entry["name"]: self._kind(entry["name"]) for entry in entries}
         for wanted in (("tar",), ("parquet",), ("csv", "json", "jsonl")):  # img2dataset puts all side by side
             if chosen := [entry for entry in entries if kinds[entry["name"]] in wanted]:
@@ -236,7 +246,7 @@ class _Folder:
         if self.by_name and (suffix := _suffix(path)) in ("tar", "parquet"):
             return suffix
         with self.filesystem.open(path, "rb") as file:
-            return sniff(file.read(HEAD))
+            return sniff(file.read(HEAD), _suffix(path))
 
     def _refuse(self, path: str, kind: str) -> None:
         raise UserError(f"{path}: {_NOT_DATA[kind]}; openblip reads {WANTED}")
@@ -246,7 +256,9 @@ def _match(filesystem: Any, path: str, pattern: str) -> list[dict[str, Any]]:
     """The files of a pattern with `*`, `?`, `[...]`, `{a,b}` and `{000..123}`, in its order, each once."""
     found: dict[str, dict[str, Any]] = {}
     for one in expand_braces(pattern):
-        matches = sorted(filesystem.glob(one)) if re.search(r"[*?\[]", one) else [one]
+        matches = [one]
+        if re.search(r"[*?\[]", one):
+            matches = [name for name in sorted(filesystem.glob(one)) if not _is_own(name)]
         for name in matches:
             if not filesystem.isfile(name):
                 in_pattern = f", which {path} asks for" if one != pattern else ""
@@ -276,6 +288,10 @@ def _parent(path: str) -> str:
 
 def _suffix(path: str) -> str:
     return PurePosixPath(path).suffix[1:].lower()
+
+
+def _is_own(path: str) -> bool:
+    return PurePosixPath(path).name == OWN_RECORD
 
 
 def _listed(paths: Iterable[str]) -> str:

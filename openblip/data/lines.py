@@ -14,7 +14,14 @@ from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from openblip.config import UserError
-from openblip.data.rows import CAPTION_NAMES, IMAGE_NAMES, QUESTION_NAMES, printable
+from openblip.data.rows import (
+    CAPTION_NAMES,
+    CHAT_NAMES,
+    IMAGE_NAMES,
+    QUESTION_NAMES,
+    VIDEO_NAMES,
+    printable,
+)
 
 MAX_TEXT = 1 << 20  # bytes of a caption or a sidecar in a tar
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
@@ -51,6 +58,7 @@ def read_lines(file: IO[bytes], kind: str, name: str, columns: Columns) -> Itera
 
     Neighbours in csv and json that name the same image, have one caption each and ask no question are one
     line with all the captions, and the other columns of the first: that is how these formats write a list.
+    A file of kind json that turns out to be one object per line is read as jsonl.
 
     Memory: one line; for json the whole document, for tars the text of one sample.
 
@@ -62,7 +70,14 @@ def read_lines(file: IO[bytes], kind: str, name: str, columns: Columns) -> Itera
         return _read_jsonl(file, name)
     if kind == "tar":
         return _read_tar(file, name)
-    return _join_captions(_read_csv(file, name) if kind == "csv" else _read_json(file, name), columns)
+    if kind == "csv":
+        return _join_captions(_read_csv(file, name), columns)
+    try:
+        document = _whole_document(file, name)
+    except _JsonLines:
+        file.seek(0)
+        return _read_jsonl(file, name)
+    return _join_captions(_read_json(document, name), columns)
 
 
 def csv_delimiter(header: str) -> str:
@@ -86,13 +101,22 @@ def _read_csv(file: IO[bytes], name: str) -> Iterator[Found]:
     first = text.readline()
     delimiter = csv_delimiter(first)
     header = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
-    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
+    lines = _RowLines(text)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     while True:
-        where = f"{name} line {reader.line_num + 2}"
+        lines.start_row()
+        where = f"{name} line {lines.number + 2}"
         try:
             cells = next(reader, None)
+            if lines.asked > 1:  # a quote with line breaks in it, or one never closed that swallows rows
+                next(csv.reader(lines.taken, delimiter=delimiter, skipinitialspace=True, strict=True))
         except csv.Error as error:
-            yield where, f"columns|{error}"
+            if lines.asked > 1:
+                lines.give_back()
+                hint = "a quote in a text is written twice, and the text in quotes"
+                yield where, f"columns|a cell begins with a quote and does not end with one: {error}; {hint}"
+            else:
+                yield where, f"columns|{error}"
             continue
         if cells is None:
             return
@@ -103,18 +127,59 @@ def _read_csv(file: IO[bytes], name: str) -> Iterator[Found]:
             yield where, dict(zip(header, cells))
 
 
-def _read_json(file: IO[bytes], name: str) -> Iterator[Found]:
-    """COCO captions, Karpathy's `dataset_*.json`, or a list of objects, bare or the only one in an object."""
+class _RowLines:
+    """The lines of a file for a csv reader; those of a row but the first can be given back, to be read again."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self.text = text
+        self.again: list[str] = []  # given back, the next one last
+        self.number = 0  # lines read and not given back
+        self.start_row()
+
+    def start_row(self) -> None:
+        self.taken: list[str] = []
+        self.asked = 0  # one more than taken, if the file ended in the row
+
+    def __iter__(self) -> "_RowLines":
+        return self
+
+    def __next__(self) -> str:
+        self.asked += 1
+        line = self.again.pop() if self.again else next(self.text)
+        self.number += 1
+        self.taken.append(line)
+        return line
+
+    def give_back(self) -> None:
+        self.again += reversed(self.taken[1:])
+        self.number -= len(self.taken) - 1
+
+
+class _JsonLines(Exception):
+    """What should be one JSON document is one on each line."""
+
+
+def _whole_document(file: IO[bytes], name: str) -> Any:
+    text = file.read().decode("utf-8-sig", "surrogateescape")
     try:
-        document = json.loads(file.read().decode("utf-8-sig", "surrogateescape"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            document = text[: error.pos].strip()
+            if "\n" not in document:  # it ends on its first line
+                raise _JsonLines from error
         raise UserError(f"{name}: neither JSON nor JSON lines: {error}") from error
+
+
+def _read_json(document: Any, name: str) -> Iterator[Found]:
+    """COCO captions, Karpathy's `dataset_*.json`, or a list of objects, bare or the only one in an object."""
     if isinstance(document, dict):
         lists = {key: value for key, value in document.items() if _is_list_of_objects(value)}
         if "images" in lists and "annotations" in lists:
             yield from _read_coco(lists["images"], lists["annotations"], name)
             return
-        document = next(iter(lists.values())) if len(lists) == 1 else [document]
+        is_row = any(_is_part_of_a_row(key, value) for key, value in lists.items())
+        document = next(iter(lists.values())) if len(lists) == 1 and not is_row else [document]
     if not isinstance(document, list):
         raise UserError(f"{name}: a list of objects is wanted, got {type(document).__name__}")
     for index, record in enumerate(document):
@@ -250,6 +315,12 @@ def first_name(names: Iterable[str], candidates: tuple[str, ...]) -> str:
 
 def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _is_part_of_a_row(name: str, objects: list[Record]) -> bool:
+    """Whether a list is a conversation or the captions of one row, and not a table of rows."""
+    row_names = {*IMAGE_NAMES, *VIDEO_NAMES, *CHAT_NAMES}
+    return name in {*CHAT_NAMES, *CAPTION_NAMES} and row_names.isdisjoint(objects[0])
 
 
 def _is_good_text(value: Any) -> bool:

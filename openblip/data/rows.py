@@ -99,8 +99,9 @@ class BadRow(UserError):
     `reason`, for counting, is one of: `missing_image`, `missing_caption`, `missing_question`, `missing_answer`,
     `missing_instruction`, `missing_output`, `bad_label` (neither true nor false), `not_utf8`, `not_text`,
     `not_json`, `remote_image` (a URL elsewhere than the source itself), `columns` (more cells than the header
-    has), `unknown_image` (a caption of an image the file does not list), `truncated_tar`, `no_features` (the
-    picture was bad when its features were computed), or one of `BadImage`; of conversations `missing_messages`,
+    has, or a quote that is not closed), `unknown_image` (a caption of an image the file does not list),
+    `truncated_tar`, `no_features` (the picture was bad when its features were computed), or one of `BadImage`;
+    of conversations `missing_messages`,
     `unknown_role`, `role_order` (turns do not alternate), `unknown_part`, `image_count` (not as many images as
     markers), `too_many_images`, `too_long` (no room for anything to learn), `no_preference` (both answers are the
     same), `video` (the model reads none), or one of `BadChat` or `BadVideo`. `where` names file and line; `detail` is

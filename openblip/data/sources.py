@@ -10,7 +10,8 @@
 - a folder of pictures, if captions are not required
 
 Paths are local or anything fsspec knows (`s3://`, `gs://`, `memory://`). Splits are subfolders (`train/`, `val/`),
-files named so, or a column `split`. What a file is, its content decides, not its name.
+files named so, or a column `split`. What a file is, its content decides, not its name; only an object of JSON in a
+file called `.jsonl` or `.ndjson` is one line of many.
 """
 
 import hashlib

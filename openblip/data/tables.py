@@ -23,7 +23,7 @@ from openblip.data.rows import printable
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LAYOUT = 1  # in every table's name, with its fields: to be counted up when the meaning of one changes
+LAYOUT = 2  # in every table's name, with its fields: to be counted up when the meaning of one changes
 BATCH = 10_000  # lines per write: some MB
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openblip.config import ConfigError
+from openblip.config import ConfigError, UserError
 from openblip.models.layers import ACTIVATIONS, Attention, KeyValue, Mlp, Packing, init_weights
 from openblip.models.memory import Memory
 
@@ -248,16 +248,14 @@ class TextTransformer(nn.Module):
 
         With a `cache`, the ids continue what is cached (and are added to it). With `weights`, every layer's
         cross-attention probabilities [B, H, g·L, N] are appended to that list. With `packed`, padding costs nothing
-        where that pays (on a CPU, without cache and weights), and the states there may be zeros. Raises ValueError
+        where that pays (on a CPU, without cache and weights), and the states there may be zeros. Raises UserError
         past the last position.
         """
         past_length = cache.length if cache is not None else 0
         length = input_ids.shape[1]
         total = past_length + length
         if total > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{total} tokens: this model has {self.config.max_position_embeddings} positions"
-            )
+            raise UserError(f"{total} tokens: this model has {self.config.max_position_embeddings} positions")
         if cache is not None and (attention_mask is not None or cache.mask is not None):
             attention_mask = extend_mask_(cache, attention_mask, input_ids)
         mask = self_mask(attention_mask, length, total, causal, input_ids.device)

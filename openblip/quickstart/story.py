@@ -30,10 +30,12 @@ from openblip.curate.capfilt import (
     CapFiltConfig,
     ScoredText,
     bootstrap,
+    check_rule,
     fit_match_scale,
     keep_matching,
     nucleus,
 )
+from openblip.curate.human import check_enough
 from openblip.curate.job import publish, refuse_other
 from openblip.data.collate import rows_fingerprint
 from openblip.data.features import FeatureCache, is_complete
@@ -61,6 +63,8 @@ class StoryConfig:
     threshold: of P(match); above the paper's 0.5, for so small a filter remembers wrong web pairs from
         pre-training and gives them more than it gives strangers.
     held_out: every so many-th human pair is kept out of the filter's training, to fit its scale.
+
+    Raises UserError for a number that makes no sense, or fewer human pairs than fill a batch of each stage.
     """
 
     human: int = 300
@@ -76,6 +80,10 @@ class StoryConfig:
     def __post_init__(self) -> None:
         if not 0 < self.noise < 1:
             raise UserError(f"noise is a share between 0 and 1, got {self.noise}")
+        if self.held_out < 2:
+            raise UserError(f"held_out is at least 2, so that pairs are left, got {self.held_out}")
+        check_rule(self.threshold)
+        check_enough(self, self.human)
 
 
 @dataclass
@@ -99,11 +107,12 @@ def tell(
 ) -> Story:
     """Run the story on rows with true captions; results.json goes to `folder`, and all it names is returned.
 
-    Raises UserError for rows that cannot be split, or when the filter keeps nothing.
+    Raises UserError for rows that cannot be split or are too few, or when the filter keeps nothing.
     """
     config = config or StoryConfig()
     folder = Path(folder)
     human, truth, test = split(rows, config.seed, config.human, config.test)
+    check_enough(config, len(human), len(truth))  # the split may have found fewer than were asked for
     web, wrong = plant_noise(truth, config.noise, config.seed)
     right = {row.id: not is_wrong for row, is_wrong in zip(web, wrong, strict=True)}
     settings = {**to_dict(config), "rows": rows_fingerprint(rows)}

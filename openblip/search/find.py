@@ -52,8 +52,7 @@ def find(
         UserError: another model's index, a filter that makes no sense, a query that says nothing, a picture as query
             for BLIP-2, or for a hybrid search.
     """
-    if top < 1 or rerank < 0:
-        raise UserError(f"search: top is at least 1 and rerank not negative, got {top} and {rerank}")
+    check_numbers(top, rerank)
     if hybrid and not isinstance(query, str):
         raise UserError("search: a hybrid search looks for words in captions; give a text")
     index.refuse_other(pipeline)
@@ -82,6 +81,12 @@ def find(
         }
         for i in order[:top]
     ]
+
+
+def check_numbers(top: int, rerank: int) -> None:
+    """Raises UserError: so many pictures cannot be shown, or judged by the ITM head."""
+    if top < 1 or rerank < 0:
+        raise UserError(f"search: top is at least 1 and rerank not negative, got {top} and {rerank}")
 
 
 def embed_query(pipeline: Pipeline, query: Query) -> np.ndarray:

@@ -10,7 +10,7 @@ from openblip.config import UserError
 from openblip.data.image import open_image
 from openblip.data.rows import BadRows, Row
 from openblip.data.sources import Source
-from openblip.search.find import Query, embed_query, reranked
+from openblip.search.find import Query, check_numbers, embed_query, reranked
 
 
 def scan(
@@ -29,8 +29,9 @@ def scan(
     others follow in the order of their cosine, which is their score, as for all pictures with CLIP, which has no
     such head, and when the query is a picture. "row" is the number of the row in the source. Pictures that cannot be
     opened are recorded in `bad`. `report` is called with (rows done, rows in all).
-    Raises UserError if none can be opened; and as `find.embed_query`.
+    Raises UserError if none can be opened, top is below 1 or rerank negative; and as `find.embed_query`.
     """
+    check_numbers(top, rerank)
     bad = bad or BadRows(max_share=1.0)
     vector = embed_query(pipeline, query)
     rows: list[tuple[int, Row]] = []

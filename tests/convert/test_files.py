@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from openblip.config import UserError
-from openblip.convert.files import read_weights
+from openblip.convert.files import publish, read_weights
 
 WEIGHTS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),
@@ -109,6 +109,45 @@ def test_a_damaged_file_is_refused_with_one_line(spoil, message, tmp_path):
         read_weights(tmp_path / "x.pth", None)
     assert str(told.value).startswith(str(tmp_path)) and "\n" not in str(told.value)
     assert "weights_only" not in str(told.value), "torch's advice to run it is not passed on"
+
+
+# ------------------------------------------------------------------------------------------------- publish
+
+
+def publish_two(folder: Path, text: str = "x") -> None:
+    """A card and a tokenizer, as saving a model does it."""
+
+    def write(part: Path) -> None:
+        (part / "README.md").write_text(f"a model; saved by openblip {text}")
+        (part / "tokenizer.json").write_text(text)
+
+    publish(folder, lambda name: name in ("tokenizer.json", "lm_tokenizer"), write)
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json", "lm_tokenizer/a.json"])
+def test_files_of_somebody_else_are_not_replaced(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"mine": 1}')
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{name.partition('/')[0]} would be replaced") as told:
+        publish_two(tmp_path)
+    assert "\n" not in str(told.value) and file.read_text() == '{"mine": 1}'
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted([file, tmp_path / "notes.txt"])
+
+
+def test_what_openblip_saved_is_replaced_and_all_else_stays(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    publish_two(tmp_path, "1")
+    publish_two(tmp_path, "2")
+    assert (tmp_path / "tokenizer.json").read_text() == "2" and (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "README.md").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json would be replaced"):
+        publish_two(tmp_path)
+    (tmp_path / "config.json").write_text('{"openblip_version": "1"}')
+    publish_two(tmp_path, "3")
+    assert (tmp_path / "tokenizer.json").read_text() == "3"
 
 
 # ------------------------------------------------------------------------------------------------- memory

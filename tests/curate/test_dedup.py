@@ -1,8 +1,10 @@
 """Planted copies are found whatever was done to them, and nothing else is; a job goes over the rest."""
 
 import io
+import json
 import pickle
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +14,7 @@ from openblip.curate.dataset import scores, write_webdataset
 from openblip.curate.dedup import deduplicate
 from openblip.curate.engine import run
 from openblip.data.shards import open_shards
+from openblip.data.sources import open_source
 from tests.curate.made import ColourCapFilt, smooth
 from tests.data.made import tar_bytes, write
 
@@ -74,10 +77,42 @@ def test_a_second_search_opens_no_picture_and_another_distance_finds_others(tmp_
 
 def test_hashes_within_the_distance_are_found_by_their_bands():
     seen = dedup._Seen(3)
-    assert not seen.before(0) and seen.before(0)
-    assert seen.before(1 | 1 << 20 | 1 << 63) and not seen.before(1 | 1 << 20 | 1 << 40 | 1 << 63)
+    near, far = 1 | 1 << 20 | 1 << 63, 1 | 1 << 20 | 1 << 40 | 1 << 63
+    assert not seen.before(0, owner=1) and seen.before(0, owner=2) and not seen.before(0, owner=1)
+    assert seen.before(near, owner=2) and not seen.before(far, owner=2)
+    assert not dedup._Seen(3).before(near, owner=1)
     exact = dedup._Seen(0)
-    assert not exact.before(0) and not exact.before(1) and exact.before(1)
+    assert not exact.before(0, owner=1) and not exact.before(1, owner=1) and exact.before(1, owner=2)
+
+
+@pytest.mark.parametrize("distance", [0, 4])
+def test_rows_of_one_picture_stay_or_go_together(tmp_path, distance):
+    """One line per caption: pictures 0 and 1 with three captions each, then a copy of 0 under another name."""
+    lines = []
+    for name, picture in (("a", 0), ("b", 1), ("copy", 0)):
+        write(tmp_path / f"web/{name}.jpg", jpeg(smooth(picture)))
+        lines += [{"file_name": f"{name}.jpg", "caption": f"{name} red {n}"} for n in range(3)]
+    lines = lines[::3] + lines[1::3] + lines[2::3]  # the rows of a picture need not stand together
+    write(tmp_path / "web/captions.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    source, job = open_source(tmp_path / "web", cache_dir=tmp_path / "cache"), tmp_path / "job"
+    job.mkdir()
+    for _ in range(2):  # the second time from the hashes on disk
+        kept, dropped = deduplicate(source, job, distance)
+        rows = kept.part(source.shards()[0].name)
+        assert [rows[n].captions[0] for n in range(len(rows))] == [
+            f"{name} red {n}" for n in range(3) for name in "ab"
+        ]
+        assert dropped == 3
+
+
+def test_hashes_on_disk_that_do_not_say_whose_they_are_are_made_again(tmp_path):
+    source, job = web(tmp_path), tmp_path / "job"
+    job.mkdir()
+    for shard in source.shards():
+        with (job / f"hashes-{shard.name}.npy").open("wb") as file:
+            for part in (source.identity(shard.name), 6, np.zeros(0, [("row", "i8"), ("hash", "u8")])):
+                np.save(file, np.array(part))
+    assert deduplicate(source, job, 4)[1] == 3
 
 
 def test_impossible_distances_are_refused(tmp_path):

@@ -29,6 +29,14 @@ def test_it_counts_all_by_a_part_and_publishes_nothing(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"decoders": 0}])
+def test_impossible_numbers_are_refused_before_a_model_is_asked(tmp_path, wrong):
+    capfilt = ColourCapFilt()
+    with pytest.raises(UserError, match="batch_size and decoders are at least 1"):
+        estimate(capfilt, tar_source(tmp_path, tars=1), **wrong)
+    assert not capfilt.calls
+
+
 def test_a_source_of_no_use_is_an_error(tmp_path):
     source = tar_source(tmp_path, tars=1, each=3, bad=dict.fromkeys(range(3), b""))
     with pytest.raises(UserError, match="none of 3 rows looked at can be used"):

@@ -1,6 +1,7 @@
 """CapFilt in rounds: who begins with whom, what is judged, and that an interrupted call goes on as if it never was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from openblip.config import UserError
 from openblip.curate import rounds as rounds_module
 from openblip.curate.capfilt import MatchScale
 from openblip.curate.dataset import scores
-from openblip.curate.human import HumanRows
+from openblip.curate.human import HumanRows, check_enough
 from openblip.curate.rounds import RoundsConfig, run_rounds
 from openblip.data.sources import Source, open_source
 from openblip.hub import load_pretrained
@@ -165,6 +166,81 @@ def test_other_settings_or_data_want_another_folder(two, data):
         run_rounds(*data, out, config(), rounds=0)
     with pytest.raises(UserError, match="caption: wanted a recipe of this stage, got one of 'retrieval'"):
         config(caption=tiny_recipe("retrieval"))
+
+
+def batch_of(stage: str, size: int):
+    recipe = tiny_recipe(stage, 2)
+    return replace(recipe, train=replace(recipe.train, batch_size=size))
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch_size", "said"),
+    [
+        (
+            {"caption": batch_of("caption", 13)},
+            4,
+            "human: 12 pairs are too few for a batch of 13 of the caption recipe",
+        ),
+        (
+            {"retrieval": batch_of("retrieval", 13)},
+            4,
+            "12 pairs .* a batch of 13 of the retrieval recipe: wanted 13 or",
+        ),
+        (
+            {"retrieval": batch_of("retrieval", 10), "held_out": 4},
+            4,
+            r"held out \(every 4-th\): wanted 14 or more",
+        ),
+        ({"held_out": 12}, 4, "two pairs held out .* wanted 13 or more"),
+        (
+            {"pretrain": batch_of("pretrain", 23)},
+            4,
+            "web and human: 22 pairs are too few .* the pretrain recipe",
+        ),
+        ({}, 0, "batch_size and decoders are at least 1, got 0"),
+    ],
+)
+def test_too_few_pairs_are_refused_before_anything_is_written(data, tmp_path, changes, batch_size, said):
+    with pytest.raises(UserError, match=said):
+        run_rounds(*data, tmp_path / "out", config(**changes), batch_size=batch_size, say=str)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_refused_for_its_bad_rows_takes_more_rows(data, tmp_path, monkeypatch):
+    """Of 12 human rows one is broken, which is not known before all were opened."""
+    monkeypatch.setattr(rounds_module, "prepare", lambda *_: pytest.fail("a model was made"))
+    needs_12 = config(caption=batch_of("caption", 12))
+    with pytest.raises(
+        UserError, match="human: 11 pairs are too few for a batch of 12 of the caption recipe"
+    ):
+        run_rounds(*data, tmp_path, needs_12, say=str)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad_human_rows.jsonl"]
+    more = open_source(picture_folder(tmp_path.with_name(f"{tmp_path.name}-more"), 12))
+    with pytest.raises(pytest.fail.Exception, match="a model was made"):  # the folder is not in the way
+        run_rounds(data[0], more, tmp_path, needs_12, say=str)
+
+
+@pytest.mark.parametrize("held_out", [2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_the_number_of_pairs_it_asks_for_is_the_least_that_will_do(held_out, batch):
+    stages = config(retrieval=batch_of("retrieval", batch), caption=batch_of("caption", 1), held_out=held_out)
+
+    def is_enough(human: int) -> bool:
+        out = len(range(0, human, held_out))
+        return out >= 2 and human - out >= batch
+
+    for human in range(1, 30):
+        if is_enough(human):
+            check_enough(stages, human)
+        else:
+            with pytest.raises(UserError, match="too few"):
+                check_enough(stages, human)
+
+
+def test_an_impossible_threshold_is_refused_by_its_name():
+    for wrong in (80.0, -0.1, float("nan")):
+        with pytest.raises(UserError, match=f"threshold is a P.match. between 0 and 1, got {wrong}"):
+            config(threshold=wrong)
 
 
 def test_a_share_of_the_human_pairs_can_fit_the_filters_scale(data, tmp_path, monkeypatch):

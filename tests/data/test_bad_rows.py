@@ -104,6 +104,47 @@ def test_bad_rows_of_csv(tmp_path, opened):
     }
 
 
+UNCLOSED = {
+    "to the end of the file": (
+        '1.png,"12 inch pipe|2.png,a dog|3.png,a cow|',
+        ["line 2"],
+        ["a dog", "a cow"],
+    ),
+    "in the last row": ('1.png,a dog|2.png,"12 inch pipe', ["line 3"], ["a dog"]),
+    "up to the next quoted text": (
+        '1.png,"12 inch pipe|2.png,a dog|3.png,"a cow, grazing"|4.png,a hen|',
+        ["line 2"],
+        ["a dog", "a cow, grazing", "a hen"],
+    ),
+    "up to a quote in a text": ('1.png,"12 inch|2.png,a 14" pipe|', ["line 2"], ['a 14" pipe']),
+    "twice": ('1.png,"12 inch|2.png,"14 inch|3.png,a cow|', ["line 2", "line 3"], ["a cow"]),
+    "after a text of two lines": (
+        '1.png,"a|cat"|2.png,"12 inch|3.png,"a|cow"|4.png,a hen|',
+        ["line 4"],
+        ["a\ncat", "a\ncow", "a hen"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCLOSED)
+def test_a_quote_that_is_not_closed_in_csv_swallows_no_rows(case, tmp_path, opened):
+    text, bad, captions = UNCLOSED[case]
+    source = opened(write(tmp_path / "x.csv", "image,caption\n" + text.replace("|", "\n")))
+    assert reasons(source) == {f"x.csv {line}": "columns" for line in bad}
+    assert [row.captions for row in source.rows(BadRows())] == [[caption] for caption in captions]
+    with pytest.raises(BadRow, match="a cell begins with a quote and does not end with one"):
+        list(source)
+
+
+def test_a_quote_that_is_not_closed_in_a_long_csv_swallows_no_rows(tmp_path, opened):
+    """The csv module gives up after 128 KiB of one cell and goes on below it."""
+    lines = "".join(f"{i}.png,{'x' * 90} {i}\n" for i in range(4000))
+    source = opened(write(tmp_path / "x.csv", f'image,caption\nbad.png,"12 inch\n{lines}'))
+    assert len(source) == 4001
+    assert reasons(source) == {"x.csv line 2": "columns"}
+    assert [source[index].where for index in (1, 4000)] == ["x.csv line 3", "x.csv line 4002"]
+
+
 def test_bad_rows_of_coco(tmp_path, opened):
     images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}, {"id": 3}]
     annotations = [

@@ -94,6 +94,66 @@ def test_patterns_of_tars(tmp_path, opened):
         opened(f"{folder}/{{00000..00002}}.tar")
 
 
+def test_openblips_own_list_of_bad_rows_is_no_data(tmp_path, opened):
+    record = jsonl([{"reason": "not_image", "where": "x", "detail": "y"}])
+    folder = tmp_path / "pictures"
+    write_images(folder)
+    write(folder / "index/bad_rows.jsonl", record)
+    write(folder / "bad_rows.jsonl", record)
+    assert [row.id for row in opened(folder, require_captions=False)] == [
+        f"images/{name}.png" for name in COLOURS
+    ]
+    table = as_jsonl(tmp_path / "table", "some.jsonl")
+    write(table / "bad_rows.jsonl", record)
+    for path in (table, table / "*.jsonl"):
+        assert [row.captions for row in opened(path)] == list(CAPTIONS.values())
+
+
+TURNS = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a cat"}]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.ndjson", "x.json", "plain"])
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"messages": TURNS},
+        {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]},
+        {"chosen": TURNS, "rejected": TURNS},
+        {"captions": [{"raw": "a cat"}]},
+    ],
+)
+def test_one_row_with_a_list_of_objects_is_a_row(lists, name, tmp_path, opened):
+    source = opened(write(tmp_path / name, jsonl([{"image": "a.png", **lists}])))
+    assert (len(source), source.columns) == (1, ["image", *lists])
+    assert source[0].image == str(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["captions", "conversations", "data"])
+def test_a_list_of_rows_in_an_object_is_the_table_whatever_its_name(name, tmp_path, opened):
+    rows = [{"image": f"{n}.png", "captions": texts} for n, texts in CAPTIONS.items()]
+    source = opened(write(tmp_path / "x.json", json.dumps({name: rows})))
+    assert [row.captions for row in source] == list(CAPTIONS.values())
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_json_lines_with_a_long_first_line(name, tmp_path, opened):
+    rows = [{"image": "a.png", "caption": "x" * (300 << 10)}, {"image": "a.png", "caption": "short"}]
+    source = opened(write(tmp_path / name, jsonl(rows)))
+    assert [row.captions for row in source] == [[row["caption"]] for row in rows]
+    assert [row.where for row in source] == [f"{name} line 1", f"{name} line 2"]
+
+
+def test_a_file_named_jsonl_with_a_broken_first_line_or_written_as_one_document(tmp_path, opened):
+    rows = [{"image": f"{n}.png", "caption": n} for n in "ab"]
+    broken = opened(write(tmp_path / "broken.jsonl", '{"image": "a.png", "capt\n' + jsonl(rows)))
+    assert (len(broken), broken[1].captions) == (3, ["a"])
+    with pytest.raises(BadRow, match=r"broken\.jsonl line 1: .*\(not_json\)"):
+        broken[0]
+    for number, document in enumerate([rows, {"data": rows}]):
+        source = opened(write(tmp_path / f"{number}.jsonl", json.dumps(document, indent=1)))
+        assert [row.captions for row in source] == [["a"], ["b"]]
+
+
 def test_csv_with_spaces_as_flickr30k_has_them(tmp_path, opened):
     text = 'image_name| comment_number| comment\na.png| 0| "Two men | three hats"\na.png| 1|  One man .\n'
     (row,) = opened(write(tmp_path / "results.csv", text))

@@ -186,3 +186,24 @@ def test_what_cannot_be_told_is_said(rows, tmp_path):
         tiny_story(noise=1.5)
     with pytest.raises(UserError, match="60 rows cannot be split"):
         tell(rows, tmp_path, tiny_story(human=50), lambda line: None)
+    with pytest.raises(UserError, match=r"threshold is a P\(match\) between 0 and 1, got 80"):
+        tiny_story(threshold=80)
+    with pytest.raises(UserError, match="held_out is at least 2"):
+        tiny_story(held_out=1)
+
+
+def test_too_few_pairs_are_said_before_anything_is_made(rows, mistake, tmp_path):
+    out = tmp_path / "out"
+    found = mistake("quickstart", "--human", 85, "--out", out)
+    assert "human: 85 pairs are too few for a batch of 64 of the retrieval recipe" in found
+    assert "(every 4-th): wanted 86 or more" in found and not out.exists()
+    twins = [replace(row, extra={"group": number // 5}) for number, row in enumerate(rows)]
+    with pytest.raises(UserError, match="human: 5 pairs are too few for a batch of 4"):
+        tell(twins, out, tiny_story(human=9, test=5), lambda line: None)  # whole groups: 5 of the 9
+    recipe = tiny_recipe()
+    large = replace(recipe, train=replace(recipe.train, batch_size=49))
+    with pytest.raises(
+        UserError, match="web and human: 48 pairs are too few for a batch of 49 of the pretrain"
+    ):
+        tell(rows, out, tiny_story(pretrain=large), lambda line: None)
+    assert not out.exists()

@@ -89,6 +89,12 @@ def test_videos_are_no_pictures_and_it_is_told_how_far_it_is(pipeline, tmp_path)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.parametrize("numbers", [{"top": -2}, {"top": 0}, {"rerank": -1}])
+def test_numbers_that_make_no_sense_are_refused(numbers, pipeline, source):
+    with pytest.raises(UserError, match="top is at least 1 and rerank not negative"):
+        scan(pipeline, source, QUERY, **numbers)
+
+
 def test_nothing_to_search_is_said(pipeline, tmp_path):
     folder = picture_folder(tmp_path / "data", 2)
     for picture in (folder / "images").iterdir():
