@@ -63,7 +63,7 @@ def test_keep_best_is_what_top_k_is(finished):
     ("options", "message"),
     [
         ({"rule": "best"}, 'rule is "itm" or "top_k"'),
-        ({"threshold": 2}, "within 0 and 1"),
+        ({"threshold": 2}, "between 0 and 1, got 2"),
         ({"k": 0}, "at least 1"),
     ],
 )
