@@ -50,11 +50,6 @@ from openblip.models.qformer import QFormerConfig
 from openblip.models.text import TextConfig
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
-# What saving replaces: files of ours, and of transformers.
-_OURS = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|lm_tokenizer|qformer_tokenizer"
-    r"|(generation|processor|preprocessor)_config\.json|chat_template\.jinja"
-)
 
 
 @dataclass
@@ -120,7 +115,7 @@ def save_pretrained(
         page = model_card(model, kind, Path(folder).resolve().name, __version__, card.info, frozen)
         (part / "README.md").write_text(page, encoding="utf-8")
 
-    publish(Path(folder), _is_ours, write)
+    publish(Path(folder), write)
 
 
 def save_for_transformers(
@@ -167,7 +162,7 @@ def save_for_transformers(
         )  # fmt: skip
         (part / "README.md").write_text(page, encoding="utf-8")
 
-    publish(Path(folder), _is_ours, write)
+    publish(Path(folder), write)
     return notes
 
 
@@ -391,7 +386,3 @@ def _in(dtype: torch.dtype | None, weights: dict[str, Tensor]) -> dict[str, Tens
     if dtype is None:
         return weights
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-
-
-def _is_ours(name: str) -> bool:
-    return _OURS.fullmatch(name) is not None

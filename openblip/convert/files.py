@@ -19,6 +19,11 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder; or <name>.i
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # that single files of weights usually have
 _STATE = ("model", "state_dict", "model_state_dict")  # where checkpoints of training runs keep the weights
 
+# What saving replaces: files of ours, and of transformers.
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|lm_tokenizer|qformer_tokenizer"
+    r"|(generation|processor|preprocessor)_config\.json|chat_template\.jinja"
+)
 _ORDER = {"README.md": 0, "config.json": 2}  # of files that appear in a folder; 1: the others
 _SAVED = "saved by openblip"  # in every model card
 
@@ -115,20 +120,16 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     save_torch_state_dict(on_cpu, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
-def publish(folder: Path, is_ours: Callable[[str], bool], write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside, then put what is in it into `folder`, in place of what was saved before:
-    files and folders whose names are ours. config.json comes last.
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside, then put what is in it into `folder`, in place of what was saved before.
+    config.json comes last.
 
     By rename: loaded weights are a view of their file, which lives on under them, while writing into it would
     pull them away. README.md comes first and says whose folder it is, however early the process ends.
 
-    Raises UserError: no folder can be made there, or it holds files of these names that openblip did not write.
+    Raises UserError: no folder can be made there, or what `refuse_foreign` raises.
     """
-    if foreign := _foreign(folder, is_ours):
-        raise UserError(
-            f"{folder}: {', '.join(foreign)} would be replaced, and openblip did not write that; name a new folder, or "
-            "one that openblip saved a model in"
-        )
+    refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,19 +137,21 @@ def publish(folder: Path, is_ours: Callable[[str], bool], write: Callable[[Path]
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
         write(Path(beside))
         (folder / "config.json").unlink(missing_ok=True)
-        for stale in [path for path in folder.iterdir() if is_ours(path.name)]:
+        for stale in [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         for file in sorted(Path(beside).iterdir(), key=lambda path: _ORDER.get(path.name, 1)):
             file.replace(folder / file.name)
 
 
-def _foreign(folder: Path, is_ours: Callable[[str], bool]) -> list[str]:
-    """Names in a folder that saving would replace, where neither model card nor config.json is of openblip."""
-    if not folder.is_dir():
-        return []
+def refuse_foreign(folder: Path) -> None:
+    """Before work whose result is saved there. Raises UserError: saving would replace what openblip did not write."""
     card, config = folder / "README.md", folder / "config.json"
-    if card.is_file() and _SAVED in card.read_text(encoding="utf-8", errors="replace"):
-        return []
-    if config.is_file() and '"openblip_version"' in config.read_text(encoding="utf-8", errors="replace"):
-        return []
-    return sorted(path.name for path in folder.iterdir() if is_ours(path.name) or path.name in _ORDER)
+    for file, mark in ((card, _SAVED), (config, '"openblip_version"')):
+        if file.is_file() and mark in file.read_text(encoding="utf-8", errors="replace"):
+            return
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if foreign := sorted(name for name in names if _OURS.fullmatch(name) or name in _ORDER):
+        raise UserError(
+            f"{folder}: {', '.join(foreign)} would be replaced, and openblip did not write that; name a new folder, or "
+            "one that openblip saved a model in"
+        )

@@ -96,10 +96,9 @@ def add(
     Raises:
         UserError: another model's index, no such data, too many bad rows, another process is adding to this index.
     """
-    if min(block, pipeline.batch_size) < 1 or min(thumbnail, workers) < 0:
+    if block < 1 or min(thumbnail, workers) < 0:
         raise UserError(
-            f"add: block and the pipeline's batch_size are at least 1, got {block} and {pipeline.batch_size}; "
-            f"thumbnail and workers are not negative, got {thumbnail} and {workers}"
+            f"add: block is at least 1, thumbnail and workers are not negative, got {block}, {thumbnail} and {workers}"
         )
     index.refuse_other(pipeline)
     options = {key: value for key, value in (reading or {}).items() if value is not None}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openblip.config import UserError, differences, from_dict, to_dict
+from openblip.convert.files import refuse_foreign
 from openblip.data import discover
 from openblip.data.chat import chat_tokenizer
 from openblip.data.collate import (
@@ -83,14 +84,15 @@ def run_stage(
         tower looks at them.
 
     Raises:
-        UserError: the folder holds a run of another recipe or other rows; a folder for features, and a tower that is
-            trained, pictures that are augmented, or videos.
+        UserError: the folder holds a run of another recipe or other rows, or a model that is not openblip's; a folder
+            for features, and a tower that is trained, pictures that are augmented, or videos.
     """
     run_dir = Path(run_dir)
     _refuse_unread(recipe)
     device = distributed.init_from_env()
     begun = _begun(recipe, rows)
     _refuse_other_run(run_dir, begun)
+    refuse_foreign(run_dir / "model")
     made = prepare(recipe, rows, init)
     made.model.to(device)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -249,6 +249,15 @@ def test_settings_that_are_not_read_are_refused(rows, tmp_path):
         run_stage(replace(chosen, stage="blip3_sft", augment=Augment()), rows, tmp_path)
 
 
+def test_a_foreign_model_is_met_before_training_and_not_replaced(rows, tmp_path):
+    page = tmp_path / "model" / "README.md"
+    page.parent.mkdir()
+    page.write_text("mine")
+    with pytest.raises(UserError, match=r"README\.md would be replaced, and openblip did not write that"):
+        run_stage(recipe(), rows, tmp_path)
+    assert page.read_text() == "mine" and not (tmp_path / "checkpoints").exists()
+
+
 def test_features_of_other_blocks_are_refused(rows, tmp_path):
     vision = replace(recipe().blip2.vision, num_hidden_layers=3, output_blocks=(1, 3))
     chosen = recipe(blip2=replace(recipe().blip2, vision=vision))
