@@ -94,9 +94,10 @@ def stage1(bench: Bench) -> None:
         bench.paired(where, theirs, ours, close(0.05), dtype=torch.bfloat16)
 
 
-def stage2_task(bench: Bench, rows: int) -> tuple[Blip2LlmTask, dict[str, Any]]:
-    """The small recipe's stage 2, without the heads of stage 1, and a batch."""
-    vision, qformer = small_parts(bench)
+def stage2_task(
+    bench: Bench, vision: VisionConfig, qformer: QFormerConfig, rows: int
+) -> tuple[Blip2LlmTask, dict[str, Any]]:
+    """Stage 2 on a tower and a Q-Former without the heads of stage 1, and a batch."""
     stage1 = Blip2Config(vision, replace(qformer, text=False), encoder=False, decoder=False)
     lm = small_lm() if bench.quick else dict(SMOLLM2)
     model = Blip2Llm(Blip2LlmConfig(LmConfig(lm), stage1))
@@ -114,22 +115,27 @@ def small_lm() -> dict[str, Any]:
 
 
 def stage2(bench: Bench, rows: int = 16) -> None:
-    """What caching the frozen tower's features saves."""
+    """What caching the frozen tower's features saves, on ViT-L and in the small recipe."""
+    small = small_parts(bench)
     rows = bench.batch(rows)
-    task, batch = stage2_task(bench, rows)
-    with torch.no_grad():
-        cached = {**batch, "image_embeds": task.model.encode_image(batch["pixel_values"])}
+    for name, parts in (
+        ("ViT-L, BERT-base", small if bench.quick else (VIT_L, QFormerConfig())),
+        ("small recipe", small),
+    ):
+        task, batch = stage2_task(bench, *parts, rows)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            cached = {**batch, "image_embeds": task.model.encode_image(batch["pixel_values"])}
 
-    def step(batch: dict[str, Any]) -> Tensor:
-        task.zero_grad()
-        task.begin_step(0)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = task(batch)
-        return summed(losses)
+        def step(batch: dict[str, Any], task: Blip2LlmTask = task) -> Tensor:
+            task.zero_grad()
+            task.begin_step(0)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = task(batch)
+            return summed(losses)
 
-    name = f"stage 2 step, small recipe, batch {rows}, bf16, cached features"
-    calls = [lambda batch=batch: step(batch) for batch in (batch, cached)]
-    bench.paired(name, *calls, close(0.05), dtype=torch.bfloat16)
+        where = f"stage 2 step, {name}, 135M, batch {rows}, bf16, cached features"
+        calls = [lambda batch=batch, step=step: step(batch) for batch in (batch, cached)]
+        bench.paired(where, *calls, close(0.05), dtype=torch.bfloat16)
 
 
 def caption(bench: Bench, rows: int = 4, tokens: int = 20) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openblip.config import ConfigError
+from openblip.config import ConfigError, UserError
 from openblip.models.layers import KeyValue, init_weights
 from openblip.models.memory import Memory
 from openblip.models.text import (
@@ -200,7 +200,7 @@ class QFormer(nn.Module):
             raise ValueError("this Q-Former was built without its text part")
         last = first + input_ids.shape[1]
         if last > self.config.max_position_embeddings:
-            raise ValueError(f"{last} tokens: this model has {self.config.max_position_embeddings} positions")
+            raise UserError(f"{last} tokens: this model has {self.config.max_position_embeddings} positions")
         positions = torch.arange(first, last, device=input_ids.device)[None]
         return self.dropout(self.norm(self.word(input_ids) + self.position(positions)))
 

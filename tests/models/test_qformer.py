@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openblip.config import ConfigError
+from openblip.config import ConfigError, UserError
 from openblip.models.blip2 import Blip2, Blip2Config
 from openblip.models.generation import GenerationConfig
 from openblip.models.qformer import QFormer, QFormerConfig
@@ -206,7 +206,7 @@ def test_without_text_it_has_the_query_path_alone(image):
 
 
 def test_past_the_last_position_is_an_error(qformer):
-    with pytest.raises(ValueError, match="13 tokens: this model has 12 positions"):
+    with pytest.raises(UserError, match="13 tokens: this model has 12 positions"):
         qformer.encode_text(torch.ones(1, 13, dtype=torch.long))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openblip.config import ConfigError
+from openblip.config import ConfigError, UserError
 from openblip.models import text
 from openblip.models.text import (
     Cache,
@@ -120,7 +120,7 @@ def test_reordered_rows_continue_their_parents():
 
 def test_too_many_tokens():
     model, cache = transformer(), Cache(2)
-    with pytest.raises(ValueError, match="13 tokens: this model has 12 positions"):
+    with pytest.raises(UserError, match="13 tokens: this model has 12 positions"):
         model(ids(1, 13))
     model(ids(1, 12), cache=cache)
     with pytest.raises(ValueError, match="13 tokens"):
