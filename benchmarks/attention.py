@@ -21,6 +21,7 @@ SHAPES = {
     "BLIP decoding, 3 beams": (8, 12, 3, 577, 64),
     "small BLIP cross-attention": (64, 12, 24, 65, 32),
     "small BLIP self-attention": (192, 12, 8, 8, 32),
+    "135M language model, 20 texts": (20, 9, 13, 30, 64),
 }
 
 

@@ -123,6 +123,7 @@ class Decoding:
             if self.lm.takes_positions:
                 positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
                 places["position_ids"] = positions[:, -words.shape[1] :]
+        self.lm.choose_attention(words)
         out = self.lm.model.base_model(inputs_embeds=words, cache=self.cache, use_cache=True, **places)
         self.decoded += ids.shape[1]
         return out.last_hidden_state

@@ -91,6 +91,7 @@ class LanguageModel(nn.Module):
         decoder = self.model.get_decoder() if self.is_encoder_decoder else self.model.base_model
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self.recomputes = False
+        self.attention = self.model.config._attn_implementation  # as transformers chose it
         self.added_words: nn.Embedding | None = None
         if config.added_tokens:
             self.added_words = nn.Embedding(config.added_tokens, self.hidden_size).apply(init_weights)
@@ -214,8 +215,20 @@ class LanguageModel(nn.Module):
             raise ConfigError(
                 f"{self.model.config.model_type}: takes no position ids, so its rows hold one text each"
             )
+        self.choose_attention(embeds)
         # Without a mask and a cache, transformers makes the mask of several texts out of their positions.
         return self.model.base_model(inputs_embeds=embeds, use_cache=False, **places).last_hidden_state
+
+    def choose_attention(self, embeds: Tensor) -> None:
+        """Plain attention for a step of training in bfloat16 on a CPU, whose fused backward pass is slow there; else as
+        transformers chose it. docs/performance.md compares both.
+        """
+        half = embeds.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        on_cpu = embeds.device.type == "cpu"
+        plain = half and on_cpu and torch.is_grad_enabled() and not self.recomputes
+        wanted = "eager" if plain else self.attention
+        if self.model.config._attn_implementation != wanted:
+            self.model.set_attn_implementation(wanted)
 
     def states(
         self,
@@ -236,6 +249,7 @@ class LanguageModel(nn.Module):
         assert labels is not None, "an encoder-decoder needs labels"
         before = labels.masked_fill(labels == -100, self.pad_token_id)
         before = torch.cat([torch.full_like(before[:, :1], self.start_token_id), before[:, :-1]], dim=1)
+        self.choose_attention(prefix)
         self.require_room(max(prefix.shape[1], before.shape[1]))
         encoded, seen = self.encode(prefix, mask)
         out = self.model.get_decoder()(
@@ -260,6 +274,7 @@ class LanguageModel(nn.Module):
         self.require_room(soft_prompt.shape[1] + input_ids.shape[1])
         run, settings = self.model.base_model, self.model.config
         words = self.embed(input_ids)
+        self.choose_attention(soft_prompt)
         seen = DynamicCache(config=settings)
         prefix = run(inputs_embeds=soft_prompt.to(words.dtype), cache=seen, use_cache=True).last_hidden_state
         if any(layer.keys.shape[2] != soft_prompt.shape[1] for layer in seen.layers):

@@ -4,9 +4,14 @@ Shapes: B pairs of this rank, M candidates (all pairs of the global batch, then 
 width, L tokens, V vocabulary, K labelled positions.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_ROWS = {"cpu": 16}  # of logits that are widened at once: there they stay in the cache; elsewhere, 4096
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -110,8 +115,41 @@ def lm_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> tuple[
 
     The mean is left to the caller, because ranks hold different numbers of tokens.
     """
-    total = F.cross_entropy(wide(logits), labels, label_smoothing=smoothing, reduction="sum")
+    total = _SummedCrossEntropy.apply(logits, labels, smoothing)
     return total, torch.tensor(float(len(labels)), device=logits.device)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy(wide(logits), labels, label_smoothing, reduction="sum")` without a second [K, V] in float32.
+
+    A language model's vocabulary makes logits the largest tensor of a step. Their gradient, softmax less target, is
+    made while they are at hand, some rows at a time, in their own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        total = wide(logits.new_zeros(()))
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        step = _ROWS.get(logits.device.type, 4096)
+        for first in range(0, len(logits), step):
+            rows = slice(first, first + step)
+            part, right = wide(logits[rows]), labels[rows, None]
+            normaliser = part.logsumexp(dim=1, keepdim=True)
+            wanted = (1 - smoothing) * part.gather(1, right) + smoothing * part.mean(dim=1, keepdim=True)
+            total += (normaliser - wanted).sum()
+            if gradient is not None:
+                slope = (part - normaliser).exp_()
+                slope -= smoothing / part.shape[1]
+                slope.scatter_add_(1, right, torch.full_like(normaliser, smoothing - 1))
+                gradient[rows] = slope
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_total.to(gradient.dtype), None, None
 
 
 def vqa_loss(

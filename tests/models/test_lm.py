@@ -180,6 +180,41 @@ def test_frozen_and_yet_a_way_for_the_gradient():
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in lm.parameters())
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_plain_attention_sees_what_the_usual_one_does(name):
+    lm = tiny_lm(name)
+    soft, ids, mask = inputs(lm)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def states():
+        if lm.is_encoder_decoder:
+            return lm.states(soft, ids, mask, labels)
+        several = lm.states_of_several(soft, ids.repeat(2, 1), mask.sum(dim=1).repeat(2))
+        return torch.cat([lm.states(soft, ids, mask), several])  # padding and all
+
+    usual, lm.attention = states(), "eager"
+    assert len(usual) == (3 if lm.is_encoder_decoder else 9)
+    torch.testing.assert_close(states(), usual, rtol=0, atol=2e-5)  # its softmax is in float32 always
+
+
+def test_a_step_of_training_in_bfloat16_takes_plain_attention_and_writing_the_usual():
+    lm = tiny_lm("llama").bfloat16()
+    soft, ids, mask = inputs(lm)
+    taken = lambda: lm.model.config._attn_implementation  # noqa: E731
+    assert lm.attention == taken() == "sdpa"
+    lm.states(soft.requires_grad_(), ids, mask)
+    assert taken() == "eager"
+    with torch.no_grad():
+        write(lm, soft, ids, mask, max_new_tokens=2)
+        assert taken() == "sdpa"
+    lm.states(soft, ids, mask)
+    lm.double().states(soft.double(), ids, mask)
+    assert taken() == "sdpa"
+    lm.bfloat16().set_grad_checkpointing()  # the second run must find what the first did
+    lm.states(soft, ids, mask)
+    assert taken() == "sdpa"
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_lora_trains_adapters_and_nothing_else(name):
     pytest.importorskip("peft")

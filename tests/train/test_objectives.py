@@ -153,6 +153,18 @@ def test_lm_loss_is_cross_entropy_with_label_smoothing(smoothing):
     close(total, by_hand)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [0, 40])  # forty are gone through in parts
+def test_the_gradient_of_lm_loss_is_that_of_cross_entropy(smoothing, tokens):
+    logits = torch.randn(tokens, 9, dtype=DOUBLE, requires_grad=True)
+    labels = torch.randint(9, (tokens,))
+    total = lm_loss(logits, labels, smoothing=smoothing)[0]
+    wanted = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+    close(total, wanted)
+    weight = torch.tensor(0.3, dtype=DOUBLE)
+    close(torch.autograd.grad(total * weight, logits)[0], torch.autograd.grad(wanted * weight, logits)[0])
+
+
 def test_vqa_loss_is_the_weighted_sum_of_token_losses_over_questions():
     logits, labels = torch.randn(5, 7, dtype=DOUBLE), torch.randint(7, (5,))
     rows, weights = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0.7, 0.3, 1.0])
