@@ -48,7 +48,9 @@ def test_work_and_memory_are_counted(paired):
     assert held is None or 200_000 < held < 400_000, "kB, of 256 MB"
 
 
-@pytest.mark.parametrize("name", ["caption", "rerank", "pretrain", "stage1", "stage2_captions", "capfilt", "packed"])
+@pytest.mark.parametrize(
+    "name", ["caption", "rerank", "pretrain", "stage1", "stage2_captions", "capfilt", "packed"]
+)
 def test_a_benchmark_runs_and_compares(paired, name, capsys):
     bench = paired.Bench(runs=1, quick=True)
     importlib.import_module("run").ROWS[name](bench)

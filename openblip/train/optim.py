@@ -97,18 +97,17 @@ def param_groups(
     return [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
 
 
-def layerwise_lr_scale(name: str, *, decay: float, depth: int, blocks: str, embeddings: str) -> float:
-    """Layer-wise learning rate decay (BEiT; BLIP-2's ViT in caption fine-tuning), as `lr_scale` of one name.
+def tower_lr_scale(name: str, decay: float, depth: int) -> float:
+    """Layer-wise decay of an image tower's learning rate (BEiT; BLIP-2's fine-tuning), for a parameter's name.
 
-    Block `i` of `depth` gets `decay ** (depth - i)`, the embeddings below `decay ** (depth + 1)`, all else 1.
-
-    Args:
-        blocks: dotted name of the module list, e.g. "model.vision.blocks".
-        embeddings: name prefix of what comes before the blocks, e.g. "model.vision.embeddings".
+    Block `i` of `depth` gets `decay ** (depth - i)`, what is before them `decay ** (depth + 1)`, and what is behind
+    them or no part of the tower 1. LAVIS computes these factors and uses them nowhere.
     """
-    if name.startswith(f"{blocks}."):
-        return float(decay ** (depth - int(name.removeprefix(f"{blocks}.").split(".")[0])))
-    return float(decay ** (depth + 1)) if name.startswith(embeddings) else 1.0
+    _, _, part = f".{name}".partition(".vision.")
+    if part.startswith("blocks."):
+        return float(decay ** (depth - int(part.split(".")[1])))
+    is_before = part.startswith(("patch_embedding", "class_embedding", "position_embedding", "pre_norm"))
+    return float(decay ** (depth + 1)) if is_before else 1.0
 
 
 def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -27,6 +27,7 @@ from openblip.train.objectives import (
     soft_cross_entropy,
     wide,
 )
+from openblip.train.optim import tower_lr_scale
 from openblip.train.tasks import Batch, Losses, Task
 
 
@@ -40,6 +41,7 @@ class Blip2TaskConfig:
         every pair.
     keep_tokens: share of the image's tokens, drawn anew at each step, that training looks at.
     text_lr_scale: factor on the learning rate of what came from a pretrained BERT.
+    vision_lr_decay: of a tower that is trained, and ours, see `optim.tower_lr_scale`.
     """
 
     match_ids: bool = False
@@ -50,6 +52,7 @@ class Blip2TaskConfig:
     keep_tokens: float = 1.0
     label_smoothing: float = 0.1
     text_lr_scale: float = 1.0
+    vision_lr_decay: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Blip2Task(Task):
 
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate of a parameter of this task."""
-        return self.config.text_lr_scale if _came_pretrained(name) else 1.0
+        return _lr_scale(name, self.config, self.model.config.vision.num_hidden_layers)
 
     def begin_step(self, step: int) -> None:
         """Seed this step's draws."""
@@ -140,7 +143,8 @@ def stage1_losses(
 
 @dataclass
 class Blip2LlmTaskConfig:
-    """Stage 2. keep_tokens: as in stage 1. label_smoothing: of the language model's loss; the release has none.
+    """Stage 2. keep_tokens, vision_lr_decay: as in stage 1. label_smoothing: of the language model's loss; the release
+    has none.
 
     stage1: train the losses of stage 1 too, so that one Q-Former goes on matching while it learns to tell. Its
         `keep_tokens` and `seed` are overruled by these.
@@ -149,6 +153,7 @@ class Blip2LlmTaskConfig:
     keep_tokens: float = 1.0
     label_smoothing: float = 0.0
     text_lr_scale: float = 1.0
+    vision_lr_decay: float = 1.0
     stage1: Blip2TaskConfig | None = None
     seed: int = 0
 
@@ -177,7 +182,7 @@ class Blip2LlmTask(Task):
 
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate of a parameter of this task."""
-        return self.config.text_lr_scale if _came_pretrained(name) else 1.0
+        return _lr_scale(name, self.config, self.model.config.vision.num_hidden_layers)
 
     def begin_step(self, step: int) -> None:
         """Seed this step's draws."""
@@ -216,9 +221,11 @@ def _check_share(keep_tokens: float) -> None:
         raise ConfigError(f"keep_tokens is a share above 0 and at most 1, got {keep_tokens}")
 
 
-def _came_pretrained(name: str) -> bool:
-    """Whether a parameter of a task is one that the Q-Former got from a BERT."""
-    return "qformer." in name and not any(fresh in name for fresh in ("query_tokens", "cross_attention"))
+def _lr_scale(name: str, config: Blip2TaskConfig | Blip2LlmTaskConfig, depth: int) -> float:
+    """Factor on the learning rate of a parameter of a task: of the Q-Former, what it got from a BERT; of the tower."""
+    if "qformer." in name and not any(fresh in name for fresh in ("query_tokens", "cross_attention")):
+        return config.text_lr_scale
+    return tower_lr_scale(name, config.vision_lr_decay, depth)
 
 
 def _seeded_draws(seed: int, step: int, device: torch.device) -> torch.Generator:

@@ -247,6 +247,8 @@ def test_settings_that_are_not_read_are_refused(rows, tmp_path):
         run_stage(replace(chosen, train=replace(chosen.train, batch_tokens=99)), rows, tmp_path)
     with pytest.raises(UserError, match="blip3_sft: BLIP-3 sees whole pictures, so `augment` is null"):
         run_stage(replace(chosen, stage="blip3_sft", augment=Augment()), rows, tmp_path)
+    with pytest.raises(UserError, match="vision_lr_decay: is for a tower of ours that is trained"):
+        run_stage(replace(chosen, blip2_task=Blip2TaskConfig(vision_lr_decay=0.9)), rows, tmp_path)
 
 
 def test_a_foreign_model_is_met_before_training_and_not_replaced(rows, tmp_path):

@@ -211,6 +211,13 @@ def test_what_a_bert_gave_learns_slower_in_stage_2_too():
     assert not any("cross" in name or "projection" in name or "lm." in name for name in slow)
 
 
+def test_a_tower_may_learn_slower_the_deeper_it_is():
+    for task in (stage1(vision_lr_decay=0.5), stage2(vision_lr_decay=0.5)):
+        scales = {name: task.lr_scale(name) for name, _ in task.named_parameters()}
+        slow = {name: scale for name, scale in scales.items() if scale != 1}
+        assert set(slow.values()) == {0.5, 0.25, 0.125} and all(".vision." in name for name in slow)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"negatives": "all"}, {"keep_tokens": 0.0}, {"match_pairs": 0}, {"write_pairs": 0}]
 )
