@@ -122,6 +122,7 @@ def train(
             f"interrupted after step {result.fit.step}: the same call goes on from {result.fit.checkpoint}"
         )
         print_answer(answer, json, lambda: goes_on if stopped else f"model: {result.folder}")
+    distributed.shutdown()
     if stopped:
         raise SystemExit(130)
 

@@ -191,9 +191,8 @@ def _refuse_unread(recipe: Recipe) -> None:
         )
     if recipe.augment is not None and is_blip3:
         raise UserError(f"{recipe.stage}: BLIP-3 sees whole pictures, so `augment` is null")
-    told = {"blip2_stage1": recipe.blip2_task, "blip2_stage2": recipe.blip2_llm_task}
-    decay = told.get(recipe.stage, recipe.blip2_llm_task).vision_lr_decay
-    tower = recipe.blip2
+    task = recipe.blip2_task if recipe.stage == "blip2_stage1" else recipe.blip2_llm_task
+    decay, tower = task.vision_lr_decay, recipe.blip2
     if decay != 1 and (tower is None or tower.freeze_vision or tower.vision.backbone is not None):
         raise UserError(
             "vision_lr_decay: is for a tower of ours that is trained (blip2.freeze_vision: false)"
