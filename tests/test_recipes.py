@@ -26,6 +26,8 @@ PAPERS = {
     "retrieval_flickr": ("retrieval", FLICKR, 6, 256, 1e-5, 384, 35),
     "caption_coco": ("caption", COCO, 5, 256, 1e-5, 384, 40),
     "nlvr2": ("nlvr", 86_373, 15, 256, 3e-5, 384, 40),
+    "blip2_retrieval_coco": ("blip2_stage1", COCO, 5, 224, 5e-6, 364, 32),
+    "blip2_caption_coco": ("blip2_stage2", COCO, 5, 256, 1e-5, 364, 30),
 }
 
 
@@ -33,10 +35,18 @@ PAPERS = {
 def test_the_papers_numbers(name):
     stage, samples, epochs, batch, lr, side, tokens = PAPERS[name]
     recipe = recipe_named(name)
-    vision = recipe.clip.vision if recipe.clip else recipe.model.vision
+    vision = recipe.system.vision
     assert (recipe.stage, recipe.train.batch_size, recipe.train.lr) == (stage, batch, lr)
     assert (vision.image_size, recipe.max_length) == (side, tokens)
     assert recipe.train.max_steps * batch == pytest.approx(samples * epochs, rel=0.02)
+
+
+def test_blip2_is_fine_tuned_with_its_tower():
+    finds, tells = recipe_named("blip2_retrieval_coco"), recipe_named("blip2_caption_coco")
+    assert not finds.blip2.freeze_vision and not tells.blip2.freeze_vision
+    assert finds.blip2.decoder and finds.blip2_task.match_ids, "ITG is kept"
+    assert (finds.train.betas, tells.train.betas) == ((0.9, 0.98), (0.9, 0.999))
+    assert finds.train.warmup_steps == tells.train.warmup_steps == 1000 and tells.prompt == "a photo of"
 
 
 def test_blip2_as_in_the_paper():

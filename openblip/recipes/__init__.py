@@ -18,6 +18,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(blip.clip_b16, blip.blip_base, blip.blip_large, blip.retrieval_coco, blip.retrieval_flickr),
         *(blip.caption_coco, blip.vqa_v2, blip.nlvr2),
         *(blip2.blip2_stage1, blip2.blip2_stage2, blip2.instructblip),
+        *(blip2.blip2_retrieval_coco, blip2.blip2_caption_coco),
         *(blip2.blip2_stage1_small, blip2.blip2_retrieval_small, blip2.blip2_stage2_small, blip2.blip2_small),
         *(blip2.blip2_stage1_short, blip2.blip2_stage1_short_without_itg),
         *(blip2.blip2_stage2_short, blip2.blip2_stage2_short_alone),

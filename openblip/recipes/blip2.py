@@ -38,6 +38,32 @@ def blip2_stage2() -> Recipe:
     )
 
 
+def blip2_retrieval_coco() -> Recipe:
+    """Retrieval fine-tune of stage 1 on COCO at 364 px, its ViT-L trained too: 5 epochs at batch 224 (appendix)."""
+    recipe = blip2_stage1()
+    assert recipe.blip2 is not None
+    system = replace(recipe.blip2, vision=replace(clip_vit_l(), image_size=364), freeze_vision=False)
+    train = replace(recipe.train, max_steps=12_650, batch_size=224, lr=5e-6, warmup_steps=1000)
+    return replace(
+        recipe, blip2=system, train=train, blip2_task=replace(recipe.blip2_task, match_ids=True),
+        vision_init=None, text_init=None,
+    )  # fmt: skip
+
+
+def blip2_caption_coco() -> Recipe:
+    """Captioning fine-tune of stage 2 on COCO at 364 px, its tower trained too: 5 epochs at batch 256 (appendix).
+
+    With OPT-6.7B the paper lets the tower's learning rate fall with depth, `blip2_llm_task.vision_lr_decay` 0.95.
+    """
+    recipe = blip2_stage2()
+    train = replace(
+        recipe.train, max_steps=11_000, batch_size=256, lr=1e-5, min_lr=0.0, warmup_steps=1000, warmup_lr=1e-8,
+        betas=(0.9, 0.999),
+    )  # fmt: skip
+    system = blip2_retrieval_coco().blip2
+    return replace(recipe, blip2=system, train=train, prompt="a photo of", max_length=30)
+
+
 def instructblip() -> Recipe:
     """InstructBLIP with Vicuna-7B: at most 60,000 steps of 128 instructions (InstructBLIP §2.6). Begins with BLIP-2."""
     recipe = blip2_stage2()

@@ -241,6 +241,24 @@ def test_adapters_are_put_into_a_stage2_that_has_none(stage1, language, rows, tm
     assert load_pretrained(done.folder).model.lm.config.lora == LoraSettings(rank=2)
 
 
+@pytest.mark.parametrize("stage", ["blip2_stage1", "blip2_stage2"])
+def test_fine_tuning_goes_on_at_a_larger_size_with_the_tower(stage, stage1, language, rows, tmp_path):
+    """As the recipes for COCO do."""
+    start = stage1
+    if stage == "blip2_stage2":
+        start = run_stage(stage2(language, stage1), rows, tmp_path / "two").folder
+    chosen = replace(recipe(stage, language=Language(str(language))), init=str(start))
+    larger = replace(chosen.blip2, vision=replace(chosen.blip2.vision, image_size=32), freeze_vision=False)
+    chosen = replace(chosen, blip2=larger, blip2_llm_task=Blip2LlmTaskConfig(vision_lr_decay=0.9))
+    chosen = replace(chosen, blip2_task=Blip2TaskConfig(match_ids=True, vision_lr_decay=0.9))
+    done = run_stage(chosen, rows, tmp_path / "fine")
+    assert not (tmp_path / "fine" / "features").exists()
+    tuned, before = load_pretrained(done.folder).model.vision, prepare(chosen, rows).model.vision
+    assert tuned.position_embedding.shape == (1, 1 + 4 * 4, 16)
+    moved = {n for n, p in tuned.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert moved == {name for name, _ in tuned.named_parameters()}
+
+
 def test_settings_that_are_not_read_are_refused(rows, tmp_path):
     chosen = recipe()
     with pytest.raises(UserError, match=r"blip2_stage1: train\.batch_tokens is for BLIP-3"):
