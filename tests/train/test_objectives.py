@@ -165,6 +165,19 @@ def test_the_gradient_of_lm_loss_is_that_of_cross_entropy(smoothing, tokens):
     close(torch.autograd.grad(total * weight, logits)[0], torch.autograd.grad(wanted * weight, logits)[0])
 
 
+def test_the_gradient_of_lm_loss_comes_in_the_dtype_of_the_logits():
+    logits = torch.randn(200, 90).bfloat16().requires_grad_()
+    labels = torch.randint(90, (200,))
+    weight = torch.tensor(1 / 3)  # which bfloat16 has not
+    (ours,) = torch.autograd.grad(lm_loss(logits, labels)[0] * weight, logits)
+    (exact,) = torch.autograd.grad(
+        lm_loss(wide := logits.detach().double().requires_grad_(), labels)[0], wide
+    )
+    assert ours.dtype is torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact / 3, rtol=2**-7, atol=1e-6)
+    assert ours.double().abs().sum().item() == pytest.approx(exact.abs().sum().item() / 3, rel=1e-3)
+
+
 def test_vqa_loss_is_the_weighted_sum_of_token_losses_over_questions():
     logits, labels = torch.randn(5, 7, dtype=DOUBLE), torch.randint(7, (5,))
     rows, weights = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0.7, 0.3, 1.0])
