@@ -49,7 +49,7 @@ openblip eval retrieval --data "$data" --split val --model "$out/no_itg/model" -
 # 5. BLIP's own captioner, on the same photographs.
 openblip train small_pretrain --data "$data" --split train --out "$out/blip" --steps 350
 openblip train small_caption --data "$data" --split train --out "$out/blip_caption" --init "$out/blip/model" --steps 120
-openblip eval caption --data "$data" --split val --model "$out/blip_caption/model" \
+openblip eval caption --data "$data" --split val --model "$out/blip_caption/model" --num-beams 5 \
   --out "$out/blip_caption/caption.json"
 
 # 6. Use it.
