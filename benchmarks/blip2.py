@@ -27,7 +27,6 @@ from openblip.models.packed import pack_
 from openblip.models.qformer import QFormerConfig
 from openblip.models.vit import VisionConfig
 from openblip.recipes.blip2 import blip2_stage1_small
-from openblip.train.objectives import next_token_labels
 from openblip.train.tasks_blip2 import Blip2LlmTask, Blip2LlmTaskConfig, Blip2Task, Blip2TaskConfig
 
 # SmolLM2-135M's geometry; its weights do not matter here.
@@ -66,6 +65,15 @@ def summed(losses: dict[str, Tensor]) -> Tensor:
     return total.detach()
 
 
+def step(task: Blip2Task | Blip2LlmTask, batch: dict[str, Any]) -> Tensor:
+    """The loss [] of a step of ours in bf16, its optimizer left out."""
+    task.zero_grad()
+    task.begin_step(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = task(batch)
+    return summed(losses)
+
+
 def stage1(bench: Bench) -> None:
     """The paper's Q-Former on ViT-L's tokens, and the small recipe's; no dropout, so that losses can be compared."""
     small = Blip2Config(*small_parts(bench))
@@ -78,11 +86,7 @@ def stage1(bench: Bench) -> None:
         batch["image_embeds"] = torch.randn(rows, tokens, config.vision.output_size)
 
         def ours(task=task, batch=batch) -> Tensor:
-            task.zero_grad()
-            task.begin_step(0)
-            with torch.autocast("cpu", torch.bfloat16):
-                losses = task(batch)
-            return summed(losses)
+            return step(task, batch)
 
         def theirs(task=task, batch=batch) -> Tensor:
             task.zero_grad()
@@ -105,7 +109,7 @@ def stage2_task(
     model.lm.model.to(torch.bfloat16)
     batch = pairs(rows, vision)
     batch["input_ids"] %= lm["vocab_size"]
-    batch["labels"] = next_token_labels(batch["input_ids"], batch["attention_mask"])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return Blip2LlmTask(model, Blip2LlmTaskConfig()).eval(), batch
 
 
@@ -126,16 +130,8 @@ def stage2(bench: Bench, rows: int = 16) -> None:
         task, batch = stage2_task(bench, *parts, rows)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             cached = {**batch, "image_embeds": task.model.encode_image(batch["pixel_values"])}
-
-        def step(batch: dict[str, Any], task: Blip2LlmTask = task) -> Tensor:
-            task.zero_grad()
-            task.begin_step(0)
-            with torch.autocast("cpu", torch.bfloat16):
-                losses = task(batch)
-            return summed(losses)
-
         where = f"stage 2 step, {name}, 135M, batch {rows}, bf16, cached features"
-        calls = [lambda batch=batch, step=step: step(batch) for batch in (batch, cached)]
+        calls = [lambda batch=batch, task=task: step(task, batch) for batch in (batch, cached)]
         bench.paired(where, *calls, close(0.05), dtype=torch.bfloat16)
 
 
@@ -172,11 +168,7 @@ def stage2_captions(bench: Bench, rows: int = 16, captions: int = 5) -> None:
     }
 
     def ours() -> Tensor:
-        task.zero_grad()
-        task.begin_step(0)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = task(ours_batch)
-        return summed(losses)
+        return step(task, ours_batch)
 
     def theirs() -> Tensor:
         peer.zero_grad()

@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         decoder = self.model.get_decoder() if self.is_encoder_decoder else self.model.base_model
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self.recomputes = False
-        self.attention = self.model.config._attn_implementation  # as transformers chose it
+        self.takes_plain_attention = False
         self.added_words: nn.Embedding | None = None
         if config.added_tokens:
             self.added_words = nn.Embedding(config.added_tokens, self.hidden_size).apply(init_weights)
@@ -220,15 +220,18 @@ class LanguageModel(nn.Module):
         return self.model.base_model(inputs_embeds=embeds, use_cache=False, **places).last_hidden_state
 
     def choose_attention(self, embeds: Tensor) -> None:
-        """Plain attention for a step of training in bfloat16 on a CPU, whose fused backward pass is slow there; else as
-        transformers chose it. docs/performance.md compares both.
+        """Plain attention instead of torch's fused one for a step of training in bfloat16 on a CPU, where the fused
+        backward pass is slow (docs/performance.md compares both); afterwards the fused one again.
         """
         half = embeds.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
         on_cpu = embeds.device.type == "cpu"
         plain = half and on_cpu and torch.is_grad_enabled() and not self.recomputes
-        wanted = "eager" if plain else self.attention
-        if self.model.config._attn_implementation != wanted:
-            self.model.set_attn_implementation(wanted)
+        if plain and not self.takes_plain_attention and self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation("eager")
+            self.takes_plain_attention = True
+        elif self.takes_plain_attention and not plain:
+            self.model.set_attn_implementation("sdpa")
+            self.takes_plain_attention = False
 
     def states(
         self,
@@ -249,7 +252,6 @@ class LanguageModel(nn.Module):
         assert labels is not None, "an encoder-decoder needs labels"
         before = labels.masked_fill(labels == -100, self.pad_token_id)
         before = torch.cat([torch.full_like(before[:, :1], self.start_token_id), before[:, :-1]], dim=1)
-        self.choose_attention(prefix)
         self.require_room(max(prefix.shape[1], before.shape[1]))
         encoded, seen = self.encode(prefix, mask)
         out = self.model.get_decoder()(
@@ -340,6 +342,7 @@ class LanguageModel(nn.Module):
 
     def encode(self, prefix: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """The encoder's states and their mask, padding moved behind."""
+        self.choose_attention(prefix)
         prefix, mask = ordered(prefix, mask, padding="last")
         some = None if bool(mask.all()) else mask.long()
         encoded = self.model.get_encoder()(inputs_embeds=prefix, attention_mask=some)

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CPU_ROWS, _ROWS = 16, 4096  # of logits that are widened at once: on a CPU, so many stay in its cache
-
 
 def wide(logits: Tensor) -> Tensor:
     """At least float32: bfloat16 logits have too few digits for a softmax over many."""
@@ -120,36 +118,42 @@ def lm_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> tuple[
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(wide(logits), labels, label_smoothing, reduction="sum")` without a second [K, V] in float32.
+    """`F.cross_entropy(wide(logits), labels, label_smoothing, reduction="sum")`, never with all of [K, V] in float32.
 
-    A language model's vocabulary makes logits the largest tensor of a step. Their gradient, softmax less target, is
-    made while they are at hand, some rows at a time, in their own dtype.
+    A language model's vocabulary makes logits the largest tensor of a step. They are widened some rows at a time, for
+    the loss and again for its gradient: softmax less target, rounded once.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         total = wide(logits.new_zeros(()))
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        step = _CPU_ROWS if logits.device.type == "cpu" else _ROWS
-        for first in range(0, len(logits), step):
-            rows = slice(first, first + step)
+        normalisers = total.new_empty(len(logits), 1)
+        for rows in _some_rows(logits):
             part, right = wide(logits[rows]), labels[rows, None]
-            normaliser = part.logsumexp(dim=1, keepdim=True)
+            normalisers[rows] = part.logsumexp(dim=1, keepdim=True)
             wanted = (1 - smoothing) * part.gather(1, right) + smoothing * part.mean(dim=1, keepdim=True)
-            total += (normaliser - wanted).sum()
-            if gradient is not None:
-                slope = (part - normaliser).exp_()
-                slope -= smoothing / part.shape[1]
-                slope.scatter_add_(1, right, torch.full_like(normaliser, smoothing - 1))
-                gradient[rows] = slope
-        ctx.save_for_backward(gradient)
+            total += (normalisers[rows] - wanted).sum()
+        ctx.save_for_backward(logits, labels, normalisers)
+        ctx.smoothing = smoothing
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_total, None, None
+        logits, labels, normalisers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _some_rows(logits):
+            slope = (wide(logits[rows]) - normalisers[rows]).exp_()
+            slope -= ctx.smoothing / logits.shape[1]
+            slope.scatter_add_(1, labels[rows, None], torch.full_like(normalisers[rows], ctx.smoothing - 1))
+            gradient[rows] = slope.mul_(grad_total)
+        return gradient, None, None
+
+
+def _some_rows(logits: Tensor) -> list[slice]:
+    """Rows of logits [K, V] that are widened at once: on a CPU, so few that they stay in its cache."""
+    step = 16 if logits.device.type == "cpu" else 4096
+    return [slice(first, first + step) for first in range(0, len(logits), step)]
 
 
 def vqa_loss(

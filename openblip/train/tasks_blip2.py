@@ -147,7 +147,7 @@ class Blip2LlmTaskConfig:
     has none.
 
     stage1: train the losses of stage 1 too, so that one Q-Former goes on matching while it learns to tell. Its
-        `keep_tokens` and `seed` are overruled by these.
+        `keep_tokens`, `seed` and factors on learning rates are overruled by these.
     """
 
     keep_tokens: float = 1.0

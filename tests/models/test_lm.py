@@ -192,7 +192,8 @@ def test_plain_attention_sees_what_the_usual_one_does(name):
         several = lm.states_of_several(soft, ids.repeat(2, 1), mask.sum(dim=1).repeat(2))
         return torch.cat([lm.states(soft, ids, mask), several])  # padding and all
 
-    usual, lm.attention = states(), "eager"
+    usual = states()
+    lm.model.set_attn_implementation("eager")
     assert len(usual) == (3 if lm.is_encoder_decoder else 9)
     torch.testing.assert_close(states(), usual, rtol=0, atol=2e-5)  # its softmax is in float32 always
 
@@ -201,7 +202,7 @@ def test_a_step_of_training_in_bfloat16_takes_plain_attention_and_writing_the_us
     lm = tiny_lm("llama").bfloat16()
     soft, ids, mask = inputs(lm)
     taken = lambda: lm.model.config._attn_implementation  # noqa: E731
-    assert lm.attention == taken() == "sdpa"
+    assert taken() == "sdpa"
     lm.states(soft.requires_grad_(), ids, mask)
     assert taken() == "eager"
     with torch.no_grad():
@@ -213,6 +214,16 @@ def test_a_step_of_training_in_bfloat16_takes_plain_attention_and_writing_the_us
     lm.bfloat16().set_grad_checkpointing()  # the second run must find what the first did
     lm.states(soft, ids, mask)
     assert taken() == "sdpa"
+
+
+def test_a_choice_of_attention_that_somebody_made_stays():
+    lm = tiny_lm("llama").bfloat16()
+    lm.model.set_attn_implementation("eager")
+    soft, ids, mask = inputs(lm)
+    lm.states(soft, ids, mask)
+    with torch.no_grad():
+        lm.states(soft, ids, mask)
+    assert lm.model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
